@@ -1,0 +1,5 @@
+"""The one exception that a user is meant to read."""
+
+
+class UserError(Exception):
+    """Bad input or a missing means: one sentence that names the thing and the mend. The CLI exits with 2."""

@@ -1,0 +1,84 @@
+"""The seam between a model and what it is made of: `TokenMixer`, its config and its state.
+
+Shapes: B batch, T time, D model width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rodimus_lab.config import Variant
+from rodimus_lab.ops.segments import Segments
+
+State = Any  # A NamedTuple of tensors that the mixer owns; () for a mixer without memory.
+
+
+class Initializer(NamedTuple):
+    """How a model draws its weights: `std` of linear and embedding weights, `out_scale` times that where a sublayer
+    writes to the residual stream."""
+
+    std: float = 0.02
+    out_scale: float = 1.0
+
+    def linear(self, layer: nn.Linear, *, writes_residual: bool = False) -> None:
+        nn.init.normal_(layer.weight, std=self.std)
+        if writes_residual:
+            with torch.no_grad():
+                layer.weight.mul_(self.out_scale)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+class TokenMixer(nn.Module, ABC):
+    """A sublayer: maps x_BTD to y_BTD, causally, with an explicit state.
+
+    One `forward` serves training and scoring (no state in), prefill (a fresh state and T > 1) and decoding (T = 1).
+    """
+
+    @abstractmethod
+    def forward(
+        self, x_BTD: Tensor, state: State | None = None, segments: Segments | None = None
+    ) -> tuple[Tensor, State | None]:
+        """Mix along time. Returns the state after the last token where a state came in, else None."""
+
+    @abstractmethod
+    def init_state(
+        self, batch: int, *, context: int | None = None, device: Any = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """The state before the first token. `context` is the most tokens that it will have to remember: a cache that
+        grows with the context is allocated to that size at once."""
+
+    @abstractmethod
+    def init_weights(self, init: Initializer) -> None:
+        """Draw every parameter afresh."""
+
+
+class TokenMixerConfig(Variant):
+    """What a sublayer is, and what it costs, without building it."""
+
+    def build(self, d_model: int) -> TokenMixer:
+        raise NotImplementedError
+
+    def num_params(self, d_model: int) -> int:
+        """Number of learnable scalars."""
+        raise NotImplementedError
+
+    def flops_per_token(self, d_model: int, context: int) -> int:
+        """Matrix-product and convolution FLOPs (a multiply-add is 2) of a forward decoding step on one token that has
+        `context` - 1 tokens before it."""
+        raise NotImplementedError
+
+    def state_bytes(self, d_model: int, batch: int, context: int, dtype: torch.dtype) -> int:
+        """Bytes of the state tensors after `context` tokens."""
+        raise NotImplementedError
+
+
+def state_nbytes(state: State) -> int:
+    """Bytes held by the tensors of a state, however nested."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    return sum(state_nbytes(part) for part in state)

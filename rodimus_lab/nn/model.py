@@ -1,0 +1,178 @@
+"""The language model: embedding, blocks, final norm, head. The only model class; an architecture is its config.
+
+Shapes: B batch, T time, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from rodimus_lab.config import Config
+from rodimus_lab.nn.block import Block, BlockConfig
+from rodimus_lab.nn.mixer import Initializer, State
+from rodimus_lab.nn.norm import Norm
+from rodimus_lab.ops.cross_entropy import cross_entropy
+from rodimus_lab.ops.segments import Segments
+
+IGNORE = -100
+
+
+class InitConfig(Config):
+    """Weights are N(0, std^2) unless a mixer says otherwise; with `rescale_residual` every projection onto the residual
+    stream is divided by the square root of the number of sublayers in the model."""
+
+    std: Annotated[float, Field(gt=0)] = 0.02
+    rescale_residual: bool = False
+
+
+class LanguageModelConfig(Config):
+    """`pattern` is the sequence of blocks that is repeated `repeats` times. `max_positions` > 0 adds learned absolute
+    position embeddings for that many positions."""
+
+    vocab_size: Annotated[int, Field(ge=2)]
+    d_model: Annotated[int, Field(ge=1)]
+    pattern: Annotated[tuple[BlockConfig, ...], Field(min_length=1)]
+    repeats: Annotated[int, Field(ge=1)]
+    tie_embeddings: bool = True
+    head_bias: bool = False
+    max_positions: Annotated[int, Field(ge=0)] = 0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    init: InitConfig = InitConfig()
+
+    @property
+    def blocks(self) -> tuple[BlockConfig, ...]:
+        return self.pattern * self.repeats
+
+    def build(self) -> LanguageModel:
+        return LanguageModel(self)
+
+    def num_params(self) -> int:
+        """Learnable scalars, a tied embedding counted once."""
+        embeddings = self.d_model * (self.vocab_size * (1 if self.tie_embeddings else 2) + self.max_positions)
+        final_norm = Norm.num_params(self.d_model, self.pattern[0].norm)
+        head_bias = self.vocab_size * self.head_bias
+        return embeddings + final_norm + head_bias + sum(block.num_params(self.d_model) for block in self.blocks)
+
+    def flops_per_token(self, context: int) -> int:
+        """Forward matrix-product FLOPs of one decoding step with `context` - 1 tokens before it; the head is counted,
+        the embedding look-up is not."""
+        return 2 * self.d_model * self.vocab_size + sum(b.flops_per_token(self.d_model, context) for b in self.blocks)
+
+    def training_flops_per_token(self, seq_len: int) -> float:
+        """Forward and backward FLOPs a token at training length `seq_len`: three times the forward FLOPs, averaged over
+        the positions (causal, not full, attention)."""
+        ends = self.flops_per_token(1) + self.flops_per_token(seq_len)
+        return 3 * ends / 2
+
+    def state_bytes(self, batch: int, context: int, dtype: torch.dtype) -> int:
+        """Bytes of the real state after `context` tokens, the position counter included."""
+        return 8 * batch + sum(block.state_bytes(self.d_model, batch, context, dtype) for block in self.blocks)
+
+
+class ModelState(NamedTuple):
+    """`length_B`: tokens seen of the current document; `blocks`: one state a block."""
+
+    length_B: Tensor
+    blocks: tuple[tuple[State, ...], ...]
+
+
+class LanguageModel(nn.Module):
+    """See `LanguageModelConfig`. Weights are drawn at construction from torch's global generator."""
+
+    def __init__(self, config: LanguageModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = nn.Embedding(config.max_positions, config.d_model) if config.max_positions else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList([Block(block, config.d_model, config.dropout) for block in config.blocks])
+        self.final_norm = Norm(config.d_model, config.pattern[0].norm, config.pattern[0].norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head_bias = nn.Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        init = self.config.init
+        sublayers = sum(len(block.sublayers) for block in self.config.blocks)
+        out_scale = 1 / math.sqrt(sublayers) if init.rescale_residual else 1.0
+        nn.init.normal_(self.embedding.weight, std=init.std)
+        for extra in (self.positions, self.head):
+            if extra is not None:
+                nn.init.normal_(extra.weight, std=init.std)
+        if self.head_bias is not None:
+            nn.init.zeros_(self.head_bias)
+        self.final_norm.reset_parameters()
+        for block in self.blocks:
+            block.init_weights(Initializer(init.std, out_scale))  # type: ignore[operator]
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def init_state(
+        self, batch: int, *, context: int | None = None, device: Any = None, dtype: torch.dtype | None = None
+    ) -> ModelState:
+        """The state before the first token, on the model's own device and in its dtype unless told otherwise."""
+        weight = self.embedding.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        return ModelState(
+            torch.zeros(batch, dtype=torch.long, device=device),
+            tuple(
+                block.init_state(batch, context=context, device=device, dtype=dtype)  # type: ignore[operator]
+                for block in self.blocks
+            ),
+        )
+
+    def hidden(
+        self, ids_BT: Tensor, state: ModelState | None = None, segments: Segments | None = None
+    ) -> tuple[Tensor, ModelState | None]:
+        """Token ids to final normalised activations x_BTD, and the new state where one came in."""
+        x_BTD = self.embedding(ids_BT)
+        length_B = ids_BT.new_zeros(ids_BT.shape[0]) if state is None else state.length_B
+        if self.positions is not None or state is not None:
+            documents = segments or Segments(torch.zeros_like(ids_BT))
+            positions_BT = documents.positions_BT(length_B)
+            if self.positions is not None:
+                x_BTD = x_BTD + self.positions(positions_BT.clamp(max=self.config.max_positions - 1))
+            length_B = torch.where(documents.valid_BT[:, -1], positions_BT[:, -1] + 1, length_B)
+        x_BTD = self.dropout(x_BTD)
+        states = []
+        for index, block in enumerate(self.blocks):
+            x_BTD, block_state = block(x_BTD, None if state is None else state.blocks[index], segments)
+            states.append(block_state)
+        new_state = None if state is None else ModelState(length_B, tuple(states))
+        return self.final_norm(x_BTD), new_state
+
+    def forward(
+        self, ids_BT: Tensor, state: ModelState | None = None, segments: Segments | None = None
+    ) -> tuple[Tensor, ModelState | None]:
+        """Token ids to logits_BTV (float32), and the new state where one came in."""
+        x_BTD, state = self.hidden(ids_BT, state, segments)
+        return self.logits(x_BTD), state
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        logits = nn.functional.linear(x_BTD, self.head_weight_VD.to(x_BTD.dtype))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits if self.head_bias is None else logits + self.head_bias
+
+    def loss(
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor,
+        segments: Segments | None = None,
+        *,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+    ) -> Tensor:
+        """Cross entropy in nats of `targets_BT` (-100: not counted); the logits are never all in memory.
+
+        `reduction="none"` gives loss_BT, 0 where not counted.
+        """
+        x_BTD, _ = self.hidden(ids_BT, segments=segments)
+        return cross_entropy(
+            x_BTD, self.head_weight_VD, targets_BT, bias_V=self.head_bias, ignore_index=IGNORE, reduction=reduction
+        )

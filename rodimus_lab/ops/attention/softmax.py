@@ -1,0 +1,155 @@
+"""Softmax attention: full or sliding window, any sharing of key and value heads (Eq. 1, Eq. 12, Figure 3).
+
+Query head h reads key head h // (H/G) and value head h // (H/J): MHA is G = J = H, MQA G = J = 1, GQA G = J between,
+and the paper's SKA G = 1, J = H.
+
+Shapes: B batch, T time, H query heads, G key heads, J value heads, K key width, V value width, S keys in reach.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache as memoize
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rodimus_lab.ops.attention.cache import KVCache
+from rodimus_lab.ops.attention.masks import cached_token_mask, new_token_mask
+from rodimus_lab.ops.backend import Backend, choose, declare
+from rodimus_lab.ops.segments import Segments
+
+
+def attention(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTJV: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    cache: KVCache | None = None,
+    segments: Segments | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, KVCache | None]:
+    """softmax(scale * Q K^T + mask) V; token t sees the last `window` tokens up to itself (None: all of them).
+
+    `scale` defaults to 1/sqrt(K). With a cache in, the tokens continue what it holds and the updated cache comes out.
+    Padding tokens give arbitrary finite values. Raises `UserError` for a backend that cannot run.
+    """
+    length = q_BTHK.shape[1]
+    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    mask: Tensor | None
+    new_cache = None if cache is None else cache.append(k_BTGK, v_BTJV, segments, window)
+    if cache is None:
+        plain = segments is None and (window is None or window >= length)
+        mask = None if plain else new_token_mask(length, window, segments, q_BTHK.device)
+    elif length == 1 and segments is None and new_cache is not None:
+        # A decoding step looks at the ring after its own token has taken the place of the one that left the window.
+        k_BTGK, v_BTJV = new_cache.k_BSGK.to(q_BTHK.dtype), new_cache.v_BSJV.to(q_BTHK.dtype)
+        mask = (new_cache.positions_BS >= 0).unsqueeze(1)
+    else:
+        new = new_token_mask(length, window, segments, q_BTHK.device)
+        old = cached_token_mask(length, cache, window, segments)
+        mask = torch.cat([old, new.expand(old.shape[0], -1, -1)], dim=2)
+        k_BTGK = torch.cat([cache.k_BSGK.to(k_BTGK.dtype), k_BTGK], dim=1)
+        v_BTJV = torch.cat([cache.v_BSJV.to(v_BTJV.dtype), v_BTJV], dim=1)
+    facts = {
+        "device": q_BTHK.device.type,
+        "dtype": q_BTHK.dtype,
+        "cached": cache is not None,
+        "packed": segments is not None,
+        "windowed": window is not None and window < length,
+        "grad": torch.is_grad_enabled(),
+        "widths": (q_BTHK.shape[-1], v_BTJV.shape[-1]),
+    }
+    run = choose("attention", backend, facts).run
+    return run(q_BTHK, k_BTGK, v_BTJV, mask, scale, window), new_cache
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None) -> Tensor:
+    """The definition, with all scores in memory."""
+    q, k, v = q.transpose(1, 2), _share(k, q.shape[2]), _share(v, q.shape[2])
+    if mask is None:
+        mask = new_token_mask(q.shape[2], None, None, q.device)
+    scores = (q @ k.mT) * scale
+    scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None) -> Tensor:
+    """torch's scaled_dot_product_attention."""
+    q, k, v = q.transpose(1, 2), _share(k, q.shape[2]), _share(v, q.shape[2])
+    mask = None if mask is None else mask.unsqueeze(1)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return o.transpose(1, 2)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None) -> Tensor:
+    """torch's FlexAttention, which skips the blocks outside the window."""
+    q, k, v = q.transpose(1, 2), _share(k, q.shape[2]), _share(v, q.shape[2])
+    block_mask = _window_blocks(q.shape[2], window, q.device)
+    return _compiled_flex()(q, k.contiguous(), v.contiguous(), block_mask=block_mask, scale=scale).transpose(1, 2)
+
+
+@memoize
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compiler.disable(torch.compile(flex_attention, dynamic=False))
+
+
+@memoize
+def _window_blocks(length: int, window: int | None, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return (s <= t) if window is None else (s <= t) & (t - s < window)
+
+    return create_block_mask(seen, None, None, length, length, device=str(device))
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None) -> Tensor:
+    """The flash-attn package."""
+    from flash_attn import flash_attn_func
+
+    k, v = (_share(x, q.shape[2]).transpose(1, 2) for x in (k, v))
+    left = -1 if window is None else window - 1
+    return flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=(left, 0))
+
+
+def _share(x_BTGK: Tensor, heads: int) -> Tensor:
+    """(B, T, G, K) -> (B, H, T, K), each head repeated for the query heads that read it, without a copy where G = 1."""
+    x_BGTK = x_BTGK.transpose(1, 2)
+    groups = x_BGTK.shape[1]
+    if groups == 1:
+        return x_BGTK.expand(-1, heads, -1, -1)
+    return x_BGTK if groups == heads else x_BGTK.repeat_interleave(heads // groups, dim=1)
+
+
+def _flash_why_not(
+    device: str, dtype: torch.dtype, cached: bool, packed: bool, widths: tuple[int, int], **_: Any
+) -> str | None:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed (pip install 'rodimus-lab[gpu]' on a CUDA machine)"
+    if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return "flash-attn needs a CUDA device and half precision"
+    if cached or packed:
+        return "caches, padding and packed documents go through sdpa"
+    return "flash-attn needs equal key and value widths" if widths[0] != widths[1] else None
+
+
+def _flex_why_not(device: str, cached: bool, packed: bool, **_: Any) -> str | None:
+    if device != "cuda":
+        return "FlexAttention has no backward pass on this device"
+    return "caches, padding and packed documents go through sdpa" if cached or packed else None
+
+
+declare(
+    "attention",
+    Backend("sdpa", sdpa),
+    Backend("flex", flex, _flex_why_not),
+    Backend("flash_attn", flash, _flash_why_not),
+    Backend("naive", naive),
+)

@@ -1,0 +1,66 @@
+"""Choosing among the implementations of an operator.
+
+Each operator lists its backends best first. `auto` takes the first that can run the call; a backend asked for by name
+that cannot run raises `UserError` with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from rodimus_lab.config import did_you_mean
+from rodimus_lab.errors import UserError
+
+OPERATORS: dict[str, tuple[Backend, ...]] = {}
+_forced: dict[str, str] = {}
+
+
+class Backend(NamedTuple):
+    """`why_not(**facts)` says in a few words why the call described by `facts` cannot run here, or None if it can."""
+
+    name: str
+    run: Callable[..., Any]
+    why_not: Callable[..., str | None] = lambda **facts: None
+
+
+def declare(operator: str, *backends: Backend) -> None:
+    OPERATORS[operator] = backends
+
+
+def choose(operator: str, requested: str, facts: Mapping[str, Any]) -> Backend:
+    """The backend that runs this call."""
+    if requested == "auto":
+        requested = _forced.get(operator, "auto")
+    backends = OPERATORS[operator]
+    if requested == "auto":
+        return next(backend for backend in backends if backend.why_not(**facts) is None)
+    for backend in backends:
+        if backend.name == requested:
+            reason = backend.why_not(**facts)
+            if reason:
+                raise UserError(
+                    f"the {requested!r} backend of {operator} cannot run here: {reason}; use backend='auto'"
+                )
+            return backend
+    names = [backend.name for backend in backends]
+    raise UserError(f"{operator} has no backend {requested!r}{did_you_mean(requested, names)}")
+
+
+@contextmanager
+def use_backend(**choices: str) -> Iterator[None]:
+    """Within the block, calls with backend="auto" use the named backend: `with use_backend(gated_linear="naive"): ...`"""
+    for operator, name in choices.items():
+        if operator not in OPERATORS:
+            raise UserError(f"there is no operator named {operator!r}{did_you_mean(operator, OPERATORS)}")
+        if name != "auto" and name not in [backend.name for backend in OPERATORS[operator]]:
+            names = [backend.name for backend in OPERATORS[operator]]
+            raise UserError(f"{operator} has no backend {name!r}{did_you_mean(name, names)}")
+    before = dict(_forced)
+    _forced.update(choices)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)

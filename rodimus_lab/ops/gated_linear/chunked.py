@@ -1,0 +1,144 @@
+"""The gated linear recurrence in chunks, in plain torch (Eq. 15 to 19 of the paper, made safe).
+
+Eq. 17 divides by cumulated gates, which overflows as soon as they are small. Here no exponent is ever positive: a chunk
+of C tokens is cut into sub-chunks of c. Between two sub-chunks the decay from token s to token t factors at the start
+of t's sub-chunk into two factors <= 1, so those scores are matrix products; inside a sub-chunk the c x c x K decays
+are formed directly. The same split serves the value gate beta. All decays come from sums of log-gates over the steps
+in question, never from differences of long sums, so precision does not depend on how far a chunk decays.
+
+Shapes: B batch, T time, H heads, K key width, V value width, N chunks, C chunk length, M sub-chunks in a chunk, c
+sub-chunk length.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rodimus_lab.ops.segments import Segments
+
+CHUNK = 64
+SUB_CHUNK = 16
+
+
+def chunked(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_alpha_BTHK: Tensor,
+    log_beta_BTHV: Tensor | None,
+    scale: float,
+    state_BHKV: Tensor,
+    segments: Segments | None,
+) -> tuple[Tensor, Tensor]:
+    """Matrix products in v's dtype, gates and states in the state's; see `gated_linear` for the arguments."""
+    wide, narrow = state_BHKV.dtype, v_BTHV.dtype
+    batch, length, heads, _ = q_BTHK.shape
+    sub = SUB_CHUNK
+    chunk = min(CHUNK, -(-length // sub) * sub)
+    pad = -length % chunk
+
+    def to_chunks(x: Tensor, dtype: torch.dtype) -> Tensor:  # (B, T, H, X) -> (B, H, N, C, X)
+        x = F.pad(x.to(dtype).transpose(1, 2), (0, 0, 0, pad))
+        return x.reshape(batch, heads, -1, chunk, x.shape[-1])
+
+    q, k, v = (to_chunks(x, wide) for x in (q_BTHK * scale, k_BTHK, v_BTHV))
+    alpha = _Decay(to_chunks(log_alpha_BTHK, wide), sub)
+    beta = None if log_beta_BTHV is None else _Decay(to_chunks(log_beta_BTHV, wide), sub)
+    same = None if segments is None else _SameDocument(segments, chunk, pad)
+
+    # Within the chunk.
+    before_BHNMCK = k.unsqueeze(3) * alpha.to_sub_chunk_start
+    across_BHNMcC = _matmul(_split(q, sub) * alpha.within_sub_chunk, before_BHNMCK.mT, narrow)
+    near_BHNMcc = torch.einsum("bhnmtk,bhnmsk,bhnmtsk->bhnmts", _split(q, sub), _split(k, sub), alpha.pairs)
+    subs = chunk // sub
+    if same is not None:
+        across_BHNMcC = across_BHNMcC * same.pairs_BNCC.reshape(batch, 1, -1, subs, sub, chunk)
+        diagonal = same.pairs_BNCC.reshape(batch, -1, subs, sub, subs, sub).diagonal(dim1=2, dim2=4)
+        near_BHNMcc = near_BHNMcc * diagonal.permute(0, 1, 4, 2, 3).unsqueeze(1)
+    if beta is None:
+        eye = torch.eye(subs, dtype=wide, device=q.device)
+        near = near_BHNMcc.unsqueeze(-2) * eye.view(subs, 1, subs, 1)
+        scores = across_BHNMcC.unflatten(-1, (subs, sub)) + near
+        o = _matmul(scores.reshape(*q.shape[:3], chunk, chunk), v, narrow)
+    else:
+        o = beta.within_sub_chunk * (across_BHNMcC @ (v.unsqueeze(3) * beta.to_sub_chunk_start))
+        o = o + torch.einsum("bhnmts,bhnmsv,bhnmtsv->bhnmtv", near_BHNMcc, _split(v, sub), beta.pairs)
+        o = o.reshape(v.shape)
+
+    # From chunk to chunk.
+    keys = k * alpha.to_chunk_end
+    values = v if beta is None else v * beta.to_chunk_end
+    if same is not None:
+        keys = keys * same.as_last_BNC[:, None, :, :, None]
+    writes_BHNKV = _matmul(keys.mT, values, narrow)
+    decay_BHNKV = alpha.whole_chunk.unsqueeze(-1)
+    if beta is not None:
+        decay_BHNKV = decay_BHNKV * beta.whole_chunk.unsqueeze(-2)
+    if same is not None:
+        decay_BHNKV = decay_BHNKV * same.keeps_BN[:, None, :, None, None]
+    entering = []
+    for decay_BHKV, write_BHKV in zip(decay_BHNKV.unbind(2), writes_BHNKV.unbind(2), strict=True):
+        entering.append(state_BHKV)
+        state_BHKV = decay_BHKV * state_BHKV + write_BHKV
+    from_before = _matmul(q * alpha.from_chunk_start, torch.stack(entering, dim=2), narrow)
+    if beta is not None:
+        from_before = from_before * beta.from_chunk_start
+    if same is not None:
+        from_before = from_before * same.as_before_BNC[:, None, :, :, None]
+    o = (o + from_before).reshape(batch, heads, -1, v.shape[-1])[:, :, :length]
+    return o.transpose(1, 2).to(narrow), state_BHKV
+
+
+class _Decay:
+    """Every decay that a chunk needs of one gate, from log_gate (..., N, C, X)."""
+
+    def __init__(self, log_gate: Tensor, sub: int):
+        step = _split(log_gate, sub)  # (..., M, c, X)
+        subs = step.shape[-3]
+        device = log_gate.device
+        total = step.sum(-2)  # (..., M, X)
+        upto = step.cumsum(-2)
+        after = F.pad(step.flip(-2).cumsum(-2).flip(-2)[..., 1:, :], (0, 0, 0, 1))
+        i, j, m = torch.meshgrid(*[torch.arange(subs + 1, device=device)] * 3, indexing="ij")
+        # between[i, j]: log decay over the sub-chunks strictly between j and i; i = M stands for the chunk's end.
+        chosen = ((j < m) & (m < i))[:, :subs, :subs].to(log_gate.dtype)
+        between = torch.einsum("ijm,...mx->...ijx", chosen, total)
+        earlier = torch.einsum("ijm,...mx->...ijx", (m < i)[:subs, :1, :subs].to(log_gate.dtype), total).squeeze(-2)
+
+        to_start = after.unsqueeze(-4) + between.unsqueeze(-2)  # (..., M+1, M, c, X)
+        future = (j >= i)[:, :subs, :1].unsqueeze(-1)
+        to_start = to_start.masked_fill(future, float("-inf"))
+        self.to_sub_chunk_start = to_start[..., :-1, :, :, :].flatten(-3, -2).exp()
+        self.to_chunk_end = to_start[..., -1, :, :, :].flatten(-3, -2).exp()
+        self.within_sub_chunk = upto.exp()
+        self.from_chunk_start = (upto + earlier.unsqueeze(-2)).flatten(-3, -2).exp()
+        self.whole_chunk = total.sum(-2).exp()
+        t, s = torch.meshgrid(*[torch.arange(sub, device=device)] * 2, indexing="ij")
+        gaps = upto.unsqueeze(-2) - upto.unsqueeze(-3)
+        self.pairs = gaps.masked_fill((s > t).unsqueeze(-1), float("-inf")).exp()
+
+
+class _SameDocument:
+    """Which tokens of a chunk may see which, and which the entering and leaving states."""
+
+    def __init__(self, segments: Segments, chunk: int, pad: int):
+        documents = segments.documents_BT
+        tail = documents[:, -1:].expand(-1, pad)
+        documents_BNC = torch.cat([documents, tail], dim=1).unflatten(1, (-1, chunk))
+        last_BN = documents_BNC[:, :, -1]
+        before_BN = torch.cat([torch.zeros_like(last_BN[:, :1]), last_BN[:, :-1]], dim=1)
+        self.pairs_BNCC = documents_BNC.unsqueeze(-1) == documents_BNC.unsqueeze(-2)
+        self.as_last_BNC = documents_BNC == last_BN.unsqueeze(-1)
+        self.as_before_BNC = documents_BNC == before_BN.unsqueeze(-1)
+        self.keeps_BN = before_BN == last_BN
+
+
+def _split(x: Tensor, sub: int) -> Tensor:
+    """(..., C, X) -> (..., M, c, X)"""
+    return x.unflatten(-2, (-1, sub))
+
+
+def _matmul(a: Tensor, b: Tensor, narrow: torch.dtype) -> Tensor:
+    return (a.to(narrow) @ b.to(narrow)).to(a.dtype)

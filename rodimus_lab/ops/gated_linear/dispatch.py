@@ -1,0 +1,111 @@
+"""The gated linear recurrence: one call, several backends.
+
+Shapes: B batch, T time, H heads, K key width (the paper's n), V value width (the paper's m per head).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rodimus_lab.ops.backend import Backend, choose, declare
+from rodimus_lab.ops.gated_linear.chunked import chunked
+from rodimus_lab.ops.gated_linear.naive import naive
+from rodimus_lab.ops.segments import Segments
+
+
+def gated_linear(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_alpha_BTHK: Tensor | None,
+    log_beta_BTHV: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    state_BHKV: Tensor | None = None,
+    segments: Segments | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """S_t = (alpha_t^T beta_t) * S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t (Eq. 7).
+
+    Gates are given as logarithms <= 0, in at least float32 whatever q, k and v are; they broadcast over their last
+    dimension and None means 1. The state is float32 (float64 for float64 inputs). Padding tokens of `segments` leave
+    the state alone and give 0; each document after the first starts from a zero state.
+
+    Returns o_BTHV in v's dtype and the state after the last token. Raises `UserError` for a backend that cannot run.
+    """
+    batch, length, heads, key_width = q_BTHK.shape
+    value_width = v_BTHV.shape[-1]
+    wide = torch.promote_types(v_BTHV.dtype, torch.float32)
+    if log_alpha_BTHK is None:
+        log_alpha_BTHK = q_BTHK.new_zeros(1, 1, 1, 1, dtype=wide)
+    if state_BHKV is None:
+        state_BHKV = q_BTHK.new_zeros(batch, heads, key_width, value_width, dtype=wide)
+    valid_BT11 = None
+    if segments is not None:
+        valid_BT11 = segments.valid_BT[:, :, None, None]
+        k_BTHK, v_BTHV = k_BTHK * valid_BT11, v_BTHV * valid_BT11
+        log_alpha_BTHK = log_alpha_BTHK.masked_fill(~valid_BT11, 0.0)
+        if log_beta_BTHV is not None:
+            log_beta_BTHV = log_beta_BTHV.masked_fill(~valid_BT11, 0.0)
+    log_alpha_BTHK = log_alpha_BTHK.to(wide).expand(batch, length, heads, key_width)
+    if log_beta_BTHV is not None:
+        log_beta_BTHV = log_beta_BTHV.to(wide).expand(batch, length, heads, value_width)
+    facts = {
+        "device": q_BTHK.device.type,
+        "length": length,
+        "beta": log_beta_BTHV is not None,
+        "packed": segments is not None,
+    }
+    facts |= {"dtype": v_BTHV.dtype, "key_width": key_width}
+    run = choose("gated_linear", backend, facts).run
+    o_BTHV, state_BHKV = run(
+        q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK, log_beta_BTHV, scale, state_BHKV.to(wide), segments
+    )
+    return (o_BTHV if valid_BT11 is None else o_BTHV * valid_BT11), state_BHKV
+
+
+def _fla(
+    q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, log_beta: None, scale: float, state: Tensor, segments: None
+) -> Any:
+    from fla.ops.gla import chunk_gla
+
+    return chunk_gla(
+        q.contiguous(),
+        k.to(q.dtype).contiguous(),
+        v.contiguous(),
+        log_alpha.contiguous(),
+        scale=scale,
+        initial_state=state,
+        output_final_state=True,
+    )
+
+
+def _fla_why_not(device: str, beta: bool, packed: bool, dtype: torch.dtype, **_: Any) -> str | None:
+    if device != "cuda":
+        return "flash-linear-attention's kernels need a CUDA device"
+    if importlib.util.find_spec("fla") is None:
+        return "flash-linear-attention is not installed (pip install 'rodimus-lab[kernels]')"
+    if beta:
+        return "it has no value gate beta"
+    if packed:
+        return "padding and packed documents go through another path"
+    if dtype == torch.float64:
+        return "it has no float64"
+    return None
+
+
+def _one_step(length: int, **_: Any) -> str | None:
+    return None if length == 1 else "it is for one token at a time"
+
+
+declare(
+    "gated_linear",
+    Backend("step", naive, _one_step),
+    Backend("chunked", chunked),
+    Backend("fla", _fla, _fla_why_not),
+    Backend("naive", naive),
+)

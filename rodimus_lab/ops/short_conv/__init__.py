@@ -1,0 +1,3 @@
+from rodimus_lab.ops.short_conv.conv import short_conv
+
+__all__ = ["short_conv"]

@@ -1,0 +1,89 @@
+"""A recipe: everything that decides the outcome of one run, and an id made of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rodimus_lab.config import Config
+from rodimus_lab.nn.model import LanguageModelConfig
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class DataConfig(Config):
+    """What is read: a corpus and a tokenizer by name, cut into contiguous blocks of `seq_len` tokens (plus the next
+    one as the last target)."""
+
+    corpus: str
+    tokenizer: str
+    seq_len: Positive
+
+
+class OptimizerConfig(Config):
+    """AdamW. Weight decay spares biases, norms and whatever a module declares (see `train/optimizer.py`)."""
+
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+
+class ScheduleConfig(Config):
+    """Learning rate over the steps: linear warm-up to the peak, then `kind` down to `min_lr` at the last step."""
+
+    kind: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 2000
+    min_lr: Annotated[float, Field(ge=0)] = 1e-5
+
+
+class BudgetConfig(Config):
+    """How much is trained: `steps` by this run, `paper_steps` by the paper for the same table cell."""
+
+    name: Literal["paper", "short", "smoke"] = "paper"
+    steps: Positive
+    batch_size: Positive
+    paper_steps: Positive | None = None
+    eval_every: Positive = 1000
+    patience: Positive | None = None
+
+    @property
+    def fraction(self) -> float | None:
+        """Share of the paper's steps, or None where the paper has no such run."""
+        return None if self.paper_steps is None else self.steps / self.paper_steps
+
+
+class Recipe(Config):
+    """One run, wholly described. What does not change the outcome (micro-batches, devices, compilation) is not here.
+
+    `experiment` is the folder of its record; `label` the row or point that the run stands for, such as a model's name.
+    """
+
+    experiment: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    label: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    model: LanguageModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    budget: BudgetConfig
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: int = 0
+    evaluators: tuple[str, ...] = ("perplexity",)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.schedule.warmup_steps >= self.budget.steps:
+            raise ValueError(
+                f"the warm-up takes {self.schedule.warmup_steps} steps, but the budget is {self.budget.steps}; "
+                "shorten the warm-up"
+            )
+        return self
+
+    @property
+    def id(self) -> str:
+        """`<label>-<8 hex digits of the canonical JSON's hash>`; the same recipe has the same id everywhere."""
+        return f"{self.label}-{self.digest()}"
