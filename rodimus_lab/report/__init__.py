@@ -1,0 +1,25 @@
+"""Reports: tables made of run records and of the paper's numbers. Needs neither torch nor a GPU."""
+
+from rodimus_lab.report.comparison import Metric, paper_vs_measured
+from rodimus_lab.report.paper import PaperResults, PaperRow, Printed, paper_table
+from rodimus_lab.report.runs import runs_json, runs_table
+from rodimus_lab.report.table import Cell, Column, Table
+from rodimus_lab.report.writers import to_csv, to_latex, to_markdown, write
+
+__all__ = [
+    "Cell",
+    "Column",
+    "Metric",
+    "PaperResults",
+    "PaperRow",
+    "Printed",
+    "Table",
+    "paper_table",
+    "paper_vs_measured",
+    "runs_json",
+    "runs_table",
+    "to_csv",
+    "to_latex",
+    "to_markdown",
+    "write",
+]

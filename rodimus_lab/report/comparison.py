@@ -1,0 +1,176 @@
+"""The paper's numbers and ours side by side: a column for the paper, then one for every corpus and budget run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from rodimus_lab.records import Record, canonical_json
+from rodimus_lab.report.paper import PaperRow, PaperValue
+from rodimus_lab.report.table import Cell, Column, Table
+
+Key: TypeAlias = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One quantity: its heading, its name in the metrics of a record (shown times `scale`, with `digits`), and its
+    column in the paper's CSV (None where the paper does not give it)."""
+
+    name: str
+    metric: str
+    paper_column: str | None
+    better: Literal["lower", "higher"] | None = "lower"
+    digits: int = 2
+    scale: float = 1.0
+
+
+class Group(NamedTuple):
+    """What the runs of one column share; the order of groups is that of their columns."""
+
+    stand_in: bool
+    corpus: str
+    tokenizer: str
+    minus_steps: int
+    budget: str
+    device: str
+
+
+def paper_vs_measured(
+    paper_rows: Sequence[PaperRow],
+    records: Iterable[Record],
+    *,
+    title: str,
+    metrics: Sequence[Metric],
+    key: Sequence[str] = ("model",),
+    headings: Sequence[str] = ("Model",),
+    record_key: Callable[[Record], Sequence[Any]] = lambda record: (record.label,),
+    given: Mapping[str, Callable[[Key], Cell]] | None = None,
+    paper_corpus: str | None = None,
+    per_device: bool = False,
+    caption: str = "",
+    notes: Sequence[str] = (),
+) -> Table:
+    """One row for each of `paper_rows`, in order, then one for each model that only we ran.
+
+    `key` are the paper's columns that name a row, `headings` their headings, and `record_key` the same values for a
+    record; `rodimus_plus` and `rodimus+` count as one. `given` holds further columns: heading -> cell for a row's
+    names. Runs that differ in the seed only become mean and standard deviation. Other runs that meet in one cell get
+    a row each, with the settings that tell them apart. `per_device` keeps devices apart, as speeds need. A number
+    that is not there is missing. Raises `ValueError` where `key` does not tell the paper's rows apart.
+    """
+    papers: dict[Key, PaperRow] = {}
+    names: dict[Key, list[PaperValue]] = {}
+    for row in paper_rows:
+        values = [row[name] for name in key]
+        if _key(values) in papers:
+            raise ValueError(f"the columns {', '.join(key)} do not tell the paper's rows apart: {values}")
+        papers[_key(values)], names[_key(values)] = row, values
+
+    groups: dict[Group, dict[Key, list[Record]]] = {}
+    for record in records:
+        values = list(record_key(record))
+        names.setdefault(_key(values), values)
+        group = Group(
+            stand_in=record.corpus != (paper_corpus or record.corpus),
+            corpus=record.corpus,
+            tokenizer=record.tokenizer,
+            minus_steps=-record.budget["steps"],
+            budget=record.budget_text,
+            device=record.device if per_device else "",
+        )
+        groups.setdefault(group, {}).setdefault(_key(values), []).append(record)
+    runs = {
+        group: {(row, text): same for row, found in groups[group].items() for text, same in _variants(found).items()}
+        for group in sorted(groups)
+    }
+
+    rows: list[tuple[Key, str]] = []
+    for name in names:
+        texts = {text for cells in runs.values() for row, text in cells if row == name}
+        rows += [(name, text) for text in sorted(texts | ({""} if name in papers else set()))]
+
+    columns = [
+        (Column(heading), [Cell(names[row][index]) for row, _ in rows]) for index, heading in enumerate(headings)
+    ]
+    for heading, cell in (given or {}).items():
+        columns.append((Column(heading), [cell(tuple(Cell(value).text for value in names[row])) for row, _ in rows]))
+    for metric in metrics:
+        column = Column(metric.name, metric.better, per_device)
+        if metric.paper_column is not None:
+            quoted = [{} if text else papers.get(row, {}) for row, text in rows]
+            columns.append((column, [Cell(row.get(metric.paper_column), source="paper") for row in quoted]))
+        for cells in runs.values():
+            measured = [_measured(cells.get(row, []), metric) for row in rows]
+            if any(cell.value is not None for cell in measured):
+                columns.append((column, measured))
+    if any(text for _, text in rows):
+        columns.insert(len(headings), (Column("Settings"), [Cell(text or None) for _, text in rows]))
+    return Table(
+        title,
+        [column for column, _ in columns],
+        list(zip(*(cells for _, cells in columns), strict=True)),
+        caption,
+        notes,
+        paper_corpus,
+    )
+
+
+def _measured(runs: Sequence[Record], metric: Metric) -> Cell:
+    """The mean over runs that differ in the seed only; missing where none of them has the metric."""
+    given = [run for run in runs if run.metrics.get(metric.metric) is not None]
+    if not given:
+        return Cell(None, source="measured")
+    values = [run.metrics[metric.metric] * metric.scale for run in given]
+    first = given[0]
+    stops = sorted({run.metrics.get("steps", run.budget["steps"]) for run in given} - {first.budget["steps"]})
+    return Cell(
+        statistics.fmean(values),
+        digits=metric.digits,
+        source="measured",
+        run_id="; ".join(run.id for run in given),
+        corpus=first.corpus,
+        tokenizer=first.tokenizer,
+        budget=first.budget_text,
+        device="; ".join(dict.fromkeys(run.device for run in given)),
+        note=f"stopped after {', '.join(f'{steps:,}' for steps in stops)} steps" if stops else "",
+        std=statistics.stdev(values) if len(values) > 1 else None,
+        count=len(values),
+    )
+
+
+def _variants(runs: Sequence[Record]) -> dict[str, list[Record]]:
+    """Runs by what tells their recipes apart, in words; the seed does not. One kind of recipe needs no words."""
+    same: dict[str, list[Record]] = {}
+    for run in sorted(runs, key=lambda run: (run.experiment, run.id)):
+        same.setdefault(canonical_json(_without_seed(run)), []).append(run)
+    if len(same) == 1:
+        return {"": [*runs]}
+    settings = [dict(_flat(_without_seed(found[0]))) for found in same.values()]
+    paths = sorted({path for flat in settings for path in flat})
+    said = [{path: f"{path}={flat[path]}" if path in flat else f"no {path}" for path in paths} for flat in settings]
+    differing = [path for path in paths if len({words[path] for words in said}) > 1]
+    return {
+        ", ".join(words[path] for path in differing): found for words, found in zip(said, same.values(), strict=True)
+    }
+
+
+def _without_seed(run: Record) -> dict[str, Any]:
+    return {name: value for name, value in run.recipe.items() if name != "seed"}
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """A nested recipe as pairs of dotted path and plain value."""
+    if not value or not isinstance(value, dict | list):
+        yield path, value
+        return
+    for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _flat(item, f"{path}.{name}" if path else str(name))
+
+
+def _key(values: Iterable[Any]) -> Key:
+    """The names of a row in one spelling, that of file names: `rodimus+` and `rodimus_plus` are the same."""
+    texts = (str(getattr(value, "text", value)) for value in values)
+    return tuple(text.lower().replace("++", "_pp").replace("+", "_plus") for text in texts)

@@ -1,0 +1,191 @@
+"""Tables whose numbers carry where they are from."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+from rodimus_lab.report.paper import Printed
+
+Source: TypeAlias = Literal["paper", "measured", "computed", ""]
+Mark: TypeAlias = Literal["best", "second", ""]
+
+MISSING = "—"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value and its provenance.
+
+    `value` None is missing. `digits` are those after the point; left out, a paper's number keeps its printed digits and
+    any other number all it has. A measured number must name its run (several joined by "; "), corpus and budget; `std`
+    is the sample standard deviation over `count` runs with different seeds, of which `value` is the mean.
+    """
+
+    value: float | str | None
+    digits: int | None = None
+    source: Source = ""
+    run_id: str | None = None
+    corpus: str | None = None
+    budget: str | None = None
+    device: str | None = None
+    note: str = ""
+    tokenizer: str | None = None
+    std: float | None = None
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.source == "measured" and self.value is not None and not (self.run_id and self.corpus and self.budget):
+            raise ValueError(f"a measured value needs its run, corpus and budget: {self}")
+        if isinstance(self.value, int | float) and not math.isfinite(self.value):
+            raise ValueError(f"{self.value} is not a result; a missing value is None")
+
+    @property
+    def is_number(self) -> bool:
+        return isinstance(self.value, int | float)
+
+    @property
+    def shown(self) -> str:
+        """The value without its spread, as every writer prints it."""
+        if self.value is None:
+            return MISSING
+        if isinstance(self.value, str):
+            return self.value
+        if isinstance(self.value, Printed) and self.digits is None:
+            return self.value.text
+        return _fixed(self.value, self.digits)
+
+    @property
+    def text(self) -> str:
+        """What a reader sees: the value, with its spread where it is a mean over seeds."""
+        if self.std is None:
+            return self.shown
+        return f"{self.shown} ± {_fixed(self.std, self.digits)} ({self.count} seeds)"
+
+
+@dataclass(frozen=True)
+class Column:
+    """`better` says which numbers are marked as best and second best. With `per_device` its measured numbers also
+    depend on the device, which they then must share and the header names."""
+
+    name: str
+    better: Literal["lower", "higher"] | None = None
+    per_device: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under columns. `paper_corpus` is what the paper trained on: any other corpus is a stand-in.
+
+    Raises `ValueError` where a column mixes sources, corpora, tokenizers or budgets: such numbers are not comparable
+    and belong in separate columns.
+    """
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+    caption: str = ""
+    notes: Sequence[str] = ()
+    paper_corpus: str | None = None
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"a row of {len(row)} cells in a table of {len(self.columns)} columns: {row}")
+        for index, column in enumerate(self.columns):
+            kinds = {self._kind(column, cell) for cell in self._given(index)}
+            if len(kinds) > 1:
+                raise ValueError(f"the column {column.name!r} mixes what cannot be compared: {sorted(kinds, key=str)}")
+
+    @cached_property
+    def headers(self) -> tuple[str, ...]:
+        """Column names, with the source of the numbers below them: the paper, or corpus and budget."""
+        headers = []
+        for index, column in enumerate(self.columns):
+            first = next(iter(self._given(index)), None)
+            if first is None or not first.source:
+                headers.append(column.name)
+            elif first.source == "measured":
+                headers.append(f"{column.name} ({', '.join(self._conditions(first, device=column.per_device))})")
+            else:
+                headers.append(f"{column.name} ({first.source})")
+        return tuple(headers)
+
+    @cached_property
+    def marks(self) -> tuple[tuple[Mark, ...], ...]:
+        """For every cell whether it is the best or second best of its column by the digits shown; ties share it."""
+        marks: list[list[Mark]] = [["" for _ in row] for row in self.rows]
+        for index, column in enumerate(self.columns):
+            shown = {
+                number: float(row[index].shown.replace(",", ""))
+                for number, row in enumerate(self.rows)
+                if row[index].is_number
+            }
+            ranks = sorted(set(shown.values()), reverse=column.better == "higher")
+            if column.better and len(ranks) > 1:
+                for number, value in shown.items():
+                    if value in ranks[:2]:
+                        marks[number][index] = "best" if value == ranks[0] else "second"
+        return tuple(map(tuple, marks))
+
+    @cached_property
+    def footnotes(self) -> dict[str, str]:
+        """Footnote text -> its letter, in reading order: one for every provenance that a single cell has."""
+        texts = dict.fromkeys(self.footnote(cell) for row in self.rows for cell in row)
+        texts.pop("", None)
+        return {text: _letter(number) for number, text in enumerate(texts)}
+
+    def footnote(self, cell: Cell) -> str:
+        """Where this very number is from; empty where the header says it all."""
+        parts = []
+        if cell.source == "measured" and cell.value is not None:
+            parts = [*self._conditions(cell, device=True), f"run{'s' if cell.count > 1 else ''} {cell.run_id}"]
+        return "; ".join(filter(None, [", ".join(parts), cell.note]))
+
+    @property
+    def closing_notes(self) -> tuple[str, ...]:
+        """The table's own notes, and a word on the paper's numbers where there are any."""
+        quoted = any(cell.source == "paper" and cell.value is not None for row in self.rows for cell in row)
+        return (*self.notes, *(["Columns marked (paper) are quoted from the paper."] if quoted else []))
+
+    def _given(self, index: int) -> list[Cell]:
+        return [row[index] for row in self.rows if row[index].value is not None]
+
+    def _kind(self, column: Column, cell: Cell) -> tuple[str | None, ...]:
+        if cell.source != "measured":
+            return (cell.source,)
+        return (cell.source, cell.corpus, cell.tokenizer, cell.budget, cell.device if column.per_device else None)
+
+    def _conditions(self, cell: Cell, *, device: bool) -> list[str]:
+        stand_in = self.paper_corpus is not None and cell.corpus != self.paper_corpus
+        parts = [
+            f"{cell.corpus} standing in for {self.paper_corpus}" if stand_in else cell.corpus,
+            cell.tokenizer and f"{cell.tokenizer} tokens",
+            cell.budget,
+            cell.device if device else None,
+        ]
+        return [part for part in parts if part]
+
+
+def check_name(name: str) -> None:
+    """Raise `ValueError` for a file name that is not plain letters, digits, `_`, `-` or a point inside."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"{name!r} is not a plain file name")
+
+
+def _fixed(value: float, digits: int | None) -> str:
+    return f"{value:,}" if digits is None else f"{value:,.{digits}f}"
+
+
+def _letter(number: int) -> str:
+    """0 -> a, 25 -> z, 26 -> aa."""
+    letters = ""
+    number += 1
+    while number:
+        number, rest = divmod(number - 1, 26)
+        letters = chr(ord("a") + rest) + letters
+    return letters
