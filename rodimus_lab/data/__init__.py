@@ -1,0 +1,34 @@
+"""Corpora, tokenizers, token shards and the loader."""
+
+from rodimus_lab.data.corpora import describe, list_corpora, open_corpus
+from rodimus_lab.data.corpus import CORPORA, Corpus
+from rodimus_lab.data.encoding import measure_tokenization
+from rodimus_lab.data.loader import IGNORED, BlockLoader, DeviceBatches, TokenBlocks, eval_batches
+from rodimus_lab.data.prepared import Manifest, PreparedData
+from rodimus_lab.data.shards import prepare
+from rodimus_lab.data.storage import cache_root, data_root
+from rodimus_lab.data.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer, padded_vocab_size, train_bpe
+
+__all__ = [
+    "CORPORA",
+    "IGNORED",
+    "TOKENIZERS",
+    "BlockLoader",
+    "Corpus",
+    "DeviceBatches",
+    "Manifest",
+    "PreparedData",
+    "TokenBlocks",
+    "Tokenizer",
+    "cache_root",
+    "data_root",
+    "describe",
+    "eval_batches",
+    "list_corpora",
+    "load_tokenizer",
+    "measure_tokenization",
+    "open_corpus",
+    "padded_vocab_size",
+    "prepare",
+    "train_bpe",
+]

@@ -1,0 +1,38 @@
+"""Finding a corpus by its name, or by the path of a file or folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from rodimus_lab.data import pydoc, wikitext  # noqa: F401  (they enter their corpora)
+from rodimus_lab.data.corpus import CORPORA, Corpus
+from rodimus_lab.data.files import FileCorpus
+from rodimus_lab.errors import UserError
+
+
+def open_corpus(name: str) -> Corpus:
+    """The corpus of that name, or of the file or folder at that path. Raises `UserError` where there is neither."""
+    if name not in CORPORA:
+        path = Path(name).expanduser()
+        if path.exists():
+            return FileCorpus.at(path)
+        if re.search(r"[/\\.~]", name):
+            raise UserError(f"there is no corpus at {name!r}; give a file, a folder or one of: {', '.join(CORPORA)}")
+    return CORPORA[name]()
+
+
+def list_corpora() -> list[str]:
+    """The names of the built-in corpora."""
+    return list(CORPORA)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What is known of a corpus without reading it: name, unit, note; by split its source and whether it is here."""
+    corpus = open_corpus(name)
+    splits = {
+        split: {"source": corpus.source(split), "local": corpus.fingerprint(split) is not None}
+        for split in corpus.splits
+    }
+    return {"name": corpus.name, "unit": corpus.unit, "note": corpus.note, "splits": splits}
