@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from rich import box
 from rich.table import Table as RichTable
 
 from rodimus_lab.records import Record, UnfinishedRun, describe_budget
@@ -33,17 +34,17 @@ def runs_json(records: Iterable[Record], unfinished: Iterable[UnfinishedRun] = (
 
 
 def runs_table(records: Iterable[Record], unfinished: Iterable[UnfinishedRun] = ()) -> RichTable:
-    """The same for a terminal."""
-    table = RichTable()
-    for name in ("experiment", "id", "label", "corpus", "budget", "device"):
+    """The same for a terminal, without what only a program wants."""
+    table = RichTable(box=box.SIMPLE)
+    for name in ("run", "label", "corpus", "budget", "device"):
         table.add_column(name, overflow="fold")
     table.add_column("test ppl", justify="right")
-    table.add_column("finished")
+    table.add_column("finished", no_wrap=True)
     for run in runs_json(records, unfinished):
-        ppl = run["test_ppl"]
-        done = run["finished"] or f"no, at step {MISSING if run['step'] is None else run['step']}"
-        texts = [run[name] or MISSING for name in ("experiment", "id", "label", "corpus", "budget", "device")]
-        table.add_row(*texts, MISSING if ppl is None else f"{ppl:.2f}", done)
+        done = run["finished"][:10] if run["finished"] else f"at step {run['step'] or 0:,}"
+        ppl = MISSING if run["test_ppl"] is None else f"{run['test_ppl']:.2f}"
+        texts = [run[name] or MISSING for name in ("label", "corpus", "budget", "device")]
+        table.add_row(f"{run['experiment']}/{run['id']}", *texts, ppl, done)
     return table
 
 
