@@ -50,7 +50,7 @@ def choose(operator: str, requested: str, facts: Mapping[str, Any]) -> Backend:
 
 @contextmanager
 def use_backend(**choices: str) -> Iterator[None]:
-    """Within the block, calls with backend="auto" use the named backend: `with use_backend(gated_linear="naive"): ...`"""
+    """Within the block, calls with backend="auto" use the named one: `with use_backend(gated_linear="naive"): ...`"""
     for operator, name in choices.items():
         if operator not in OPERATORS:
             raise UserError(f"there is no operator named {operator!r}{did_you_mean(operator, OPERATORS)}")

@@ -67,26 +67,31 @@ def chunked(
 ) -> Tensor:
     """A chunk of tokens at a time; `each` recomputes a chunk's logits in the backward pass instead."""
     if not each:
-        return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, bias_V, ignore_index)
+        return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, bias_V, ignore_index, torch.is_grad_enabled())
     parts = []
     for rows in _chunks(x_ND.shape[0], weight_VD.shape[0], x_ND.device.type):
         arguments = (x_ND[rows], weight_VD, targets_N[rows], bias_V, ignore_index, True)
         parts.append(
             checkpoint(naive, *arguments, use_reentrant=False) if torch.is_grad_enabled() else naive(*arguments)
         )
-    return torch.cat(parts) if parts else x_ND.new_zeros(0, dtype=torch.float32)
+    return torch.cat(parts)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, bias_V: Tensor | None, ignore_index: int
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        bias_V: Tensor | None,
+        ignore_index: int,
+        differentiate: bool,
     ) -> Tensor:
         device = x_ND.device.type
         dtype = _compute_dtype(x_ND)
         wide = torch.promote_types(dtype, torch.float32)
         vocab = weight_VD.shape[0]
-        differentiate = any(ctx.needs_input_grad)
         with torch.autocast(device, enabled=False):
             pad = -vocab % ALIGN.get(device, 1)
             x, weight = x_ND.to(dtype), F.pad(weight_VD.to(dtype), (0, 0, 0, pad))
@@ -118,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (scale,) = grads
         dx_ND, dweight, dbias = (g if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
-        return dx_ND, dweight, None, dbias, None
+        return dx_ND, dweight, None, dbias, None, None
 
 
 def _losses(
@@ -144,9 +149,10 @@ def _gradient_by_scatter(
     logits: Tensor, log_sum: Tensor, targets: Tensor, bias: Tensor | None, vocab: int, ignore_index: int
 ) -> Tensor:
     """The same in few eager passes."""
-    counted = (targets != ignore_index).to(log_sum.dtype).unsqueeze(-1)
+    counted = (targets != ignore_index).unsqueeze(-1)
     dlogits = (_widen(logits, bias, vocab) - log_sum.unsqueeze(-1)).exp_().mul_(counted)
-    return dlogits.scatter_add_(-1, targets.clamp(min=0).unsqueeze(-1), -counted).to(logits.dtype)
+    chosen = torch.where(counted, targets.unsqueeze(-1), 0)
+    return dlogits.scatter_add_(-1, chosen, -counted.to(dlogits.dtype)).to(logits.dtype)
 
 
 def _widen(logits: Tensor, bias: Tensor | None, vocab: int) -> Tensor:
@@ -173,10 +179,10 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _chunks(tokens: int, vocab: int, device: str) -> list[slice]:
-    """Equal runs of tokens, each with at most CHUNK_ELEMENTS logits."""
+    """Equal runs of tokens, each with at most CHUNK_ELEMENTS logits; one empty run where there is no token."""
     limit = CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"])
     size = max(1, math.ceil(tokens / math.ceil(max(tokens, 1) * vocab / limit)))
-    return [slice(start, start + size) for start in range(0, tokens, size)]
+    return [slice(start, start + size) for start in range(0, max(tokens, 1), size)]
 
 
 declare("cross_entropy", Backend("chunked", chunked), Backend("naive", naive))

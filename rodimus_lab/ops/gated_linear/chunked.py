@@ -96,28 +96,25 @@ class _Decay:
 
     def __init__(self, log_gate: Tensor, sub: int):
         step = _split(log_gate, sub)  # (..., M, c, X)
-        subs = step.shape[-3]
-        device = log_gate.device
-        total = step.sum(-2)  # (..., M, X)
-        upto = step.cumsum(-2)
+        total, upto = step.sum(-2), step.cumsum(-2)
         after = F.pad(step.flip(-2).cumsum(-2).flip(-2)[..., 1:, :], (0, 0, 0, 1))
-        i, j, m = torch.meshgrid(*[torch.arange(subs + 1, device=device)] * 3, indexing="ij")
-        # between[i, j]: log decay over the sub-chunks strictly between j and i; i = M stands for the chunk's end.
-        chosen = ((j < m) & (m < i))[:, :subs, :subs].to(log_gate.dtype)
-        between = torch.einsum("ijm,...mx->...ijx", chosen, total)
-        earlier = torch.einsum("ijm,...mx->...ijx", (m < i)[:subs, :1, :subs].to(log_gate.dtype), total).squeeze(-2)
+        earlier = F.pad(total.cumsum(-2)[..., :-1, :], (0, 0, 1, 0))
+        to_end = after.unsqueeze(-4) + _between(total).unsqueeze(-2)  # [i, j]: from a token of j to the end of i
+        to_start = F.pad(to_end[..., :-1, :, :, :], (0, 0, 0, 0, 0, 0, 1, 0), value=float("-inf"))
 
-        to_start = after.unsqueeze(-4) + between.unsqueeze(-2)  # (..., M+1, M, c, X)
-        future = (j >= i)[:, :subs, :1].unsqueeze(-1)
-        to_start = to_start.masked_fill(future, float("-inf"))
-        self.to_sub_chunk_start = to_start[..., :-1, :, :, :].flatten(-3, -2).exp()
-        self.to_chunk_end = to_start[..., -1, :, :, :].flatten(-3, -2).exp()
+        self.pairs = _between(step).exp()
         self.within_sub_chunk = upto.exp()
+        self.to_sub_chunk_start = to_start.flatten(-3, -2).exp()
         self.from_chunk_start = (upto + earlier.unsqueeze(-2)).flatten(-3, -2).exp()
+        self.to_chunk_end = to_end[..., -1, :, :, :].flatten(-3, -2).exp()
         self.whole_chunk = total.sum(-2).exp()
-        t, s = torch.meshgrid(*[torch.arange(sub, device=device)] * 2, indexing="ij")
-        gaps = upto.unsqueeze(-2) - upto.unsqueeze(-3)
-        self.pairs = gaps.masked_fill((s > t).unsqueeze(-1), float("-inf")).exp()
+
+
+def _between(x: Tensor) -> Tensor:
+    """(..., L, X) -> (..., L, L, X): [t, s] is the sum of x over the places after s up to t, -inf where s > t."""
+    places = torch.arange(x.shape[-2], device=x.device)
+    t, s = places.view(-1, 1, 1), places.view(1, -1, 1)
+    return x.unsqueeze(-2).masked_fill(s >= t, 0.0).cumsum(-3).masked_fill(s > t, float("-inf"))
 
 
 class _SameDocument:

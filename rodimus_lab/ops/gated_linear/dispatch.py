@@ -44,13 +44,13 @@ def gated_linear(
         log_alpha_BTHK = q_BTHK.new_zeros(1, 1, 1, 1, dtype=wide)
     if state_BHKV is None:
         state_BHKV = q_BTHK.new_zeros(batch, heads, key_width, value_width, dtype=wide)
-    valid_BT11 = None
+    padding_BT11 = None
     if segments is not None:
-        valid_BT11 = segments.valid_BT[:, :, None, None]
-        k_BTHK, v_BTHV = k_BTHK * valid_BT11, v_BTHV * valid_BT11
-        log_alpha_BTHK = log_alpha_BTHK.masked_fill(~valid_BT11, 0.0)
+        padding_BT11 = ~segments.valid_BT[:, :, None, None]
+        k_BTHK, v_BTHV = k_BTHK.masked_fill(padding_BT11, 0.0), v_BTHV.masked_fill(padding_BT11, 0.0)
+        log_alpha_BTHK = log_alpha_BTHK.masked_fill(padding_BT11, 0.0)
         if log_beta_BTHV is not None:
-            log_beta_BTHV = log_beta_BTHV.masked_fill(~valid_BT11, 0.0)
+            log_beta_BTHV = log_beta_BTHV.masked_fill(padding_BT11, 0.0)
     log_alpha_BTHK = log_alpha_BTHK.to(wide).expand(batch, length, heads, key_width)
     if log_beta_BTHV is not None:
         log_beta_BTHV = log_beta_BTHV.to(wide).expand(batch, length, heads, value_width)
@@ -59,13 +59,13 @@ def gated_linear(
         "length": length,
         "beta": log_beta_BTHV is not None,
         "packed": segments is not None,
+        "dtype": v_BTHV.dtype,
     }
-    facts |= {"dtype": v_BTHV.dtype, "key_width": key_width}
     run = choose("gated_linear", backend, facts).run
     o_BTHV, state_BHKV = run(
         q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK, log_beta_BTHV, scale, state_BHKV.to(wide), segments
     )
-    return (o_BTHV if valid_BT11 is None else o_BTHV * valid_BT11), state_BHKV
+    return (o_BTHV if padding_BT11 is None else o_BTHV.masked_fill(padding_BT11, 0.0)), state_BHKV
 
 
 def _fla(

@@ -43,9 +43,9 @@ def short_conv(
         history, documents = _close_gap(history, segments, width - 1)
     facts = {"device": x_BTD.device.type, "packed": documents is not None}
     y_BTD = choose("short_conv", backend, facts).run(history, weight_DW, bias_D, documents)
-    new_state = history[:, history.shape[1] - (width - 1) :]
+    new_state = history[:, x_BTD.shape[1] :]
     if documents is not None:
-        new_state = new_state * (documents[:, -(width - 1) :] == documents[:, -1:]).unsqueeze(-1)
+        new_state = new_state * (documents[:, x_BTD.shape[1] :] == documents[:, -1:]).unsqueeze(-1)
     return y_BTD, new_state
 
 
