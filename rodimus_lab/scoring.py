@@ -1,0 +1,97 @@
+"""Token log-likelihoods and perplexity.
+
+Shapes: B batch, T time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rodimus_lab.nn.model import IGNORE, LanguageModel
+from rodimus_lab.ops.segments import Segments
+
+Precision = Literal["fp32", "bf16"]
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """The context in which a recipe's `precision` is computed: matrix products in bfloat16 over float32 weights."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def scoring(model: LanguageModel) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode that was is restored."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def token_log_likelihoods(model: LanguageModel, ids_BT: Tensor, segments: Segments | None = None) -> Tensor:
+    """log p_BT in nats (float32): each token given those before it in its document.
+
+    The first token of a document has nothing before it and gets 0, and so does padding.
+    """
+    targets_BT = torch.full_like(ids_BT, IGNORE)
+    targets_BT[:, :-1] = ids_BT[:, 1:]
+    if segments is not None:
+        same = (segments.ids_BT[:, 1:] == segments.ids_BT[:, :-1]) & segments.valid_BT[:, 1:]
+        targets_BT[:, :-1].masked_fill_(~same, IGNORE)
+    with scoring(model):
+        loss_BT = model.loss(ids_BT, targets_BT, segments, reduction="none")
+    log_p_BT = torch.zeros_like(loss_BT)
+    log_p_BT[:, 1:] = -loss_BT[:, :-1]
+    return log_p_BT
+
+
+def negative_log_likelihood(
+    model: LanguageModel, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> Tensor:
+    """The float64 pair (nats, tokens counted) over batches of (inputs_BT, targets_BT; -100: not counted)."""
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    with scoring(model):
+        for inputs_BT, targets_BT in batches:
+            inputs_BT = inputs_BT.to(device, non_blocking=True)
+            targets_BT = targets_BT.to(device, non_blocking=True)
+            loss_BT = model.loss(inputs_BT, targets_BT, reduction="none")
+            total[0] += loss_BT.double().sum()
+            total[1] += (targets_BT != IGNORE).sum()
+    return total
+
+
+def perplexity(
+    model: LanguageModel, batches: Iterable[tuple[Tensor, Tensor]], *, words: int | None = None
+) -> dict[str, float]:
+    """Perplexity over batches of (inputs_BT, targets_BT; -100: not counted), on the model's device.
+
+    `ppl` is exp(nll / tokens), per token of the tokenizer; with the number of words that the same text has, `word_ppl`
+    is exp(nll / words). `nll` is the sum in nats.
+    """
+    nll, tokens = negative_log_likelihood(model, batches, model.embedding.weight.device).tolist()
+    return summarize(nll, int(tokens), words)
+
+
+def summarize(nll: float, tokens: int, words: int | None = None) -> dict[str, float]:
+    """`perplexity`'s result from the sums of a corpus. Raises `ValueError` where no token was counted."""
+    if tokens < 1:
+        raise ValueError("no token was counted")
+    result: dict[str, float] = {"ppl": _exp(nll / tokens), "nll": nll, "tokens": tokens}
+    if words:
+        result["word_ppl"] = _exp(nll / words)
+    return result
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,90 @@
+"""Weights on disk: `model.safetensors` beside the `recipe.json` that says what they belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rodimus_lab.errors import UserError
+from rodimus_lab.nn.model import LanguageModel
+from rodimus_lab.recipe import Recipe
+from rodimus_lab.records import NAME, PROJECT_ROOT, canonical_json, write_atomic
+from rodimus_lab.registry import load_plugins
+
+MODEL, RECIPE, FINAL = "model.safetensors", "recipe.json", "final"
+
+
+def checkpoints_root() -> Path:
+    """`$RODIMUS_LAB_CHECKPOINTS`, or `checkpoints` under the project's root."""
+    chosen = os.environ.get("RODIMUS_LAB_CHECKPOINTS")
+    return Path(chosen).expanduser() if chosen else PROJECT_ROOT / "checkpoints"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file whole or not at all. Raises `UserError` where the disk refuses."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}); free the disk or choose another place") from None
+
+
+def save_model(directory: Path, weights: Mapping[str, Tensor], recipe: Recipe) -> None:
+    """Write the weights (a `LanguageModel.state_dict()` of whole tensors) and the recipe into `directory`."""
+    write_tensors(directory / MODEL, weights)
+    write_atomic(directory / RECIPE, canonical_json(recipe.to_dict()))
+
+
+def find_model(run: str | Path, root: Path | str | None = None) -> Path:
+    """The folder with a run's weights: `run` itself, its `final/`, or `<root>/<experiment>/<run>/final` for a run id.
+
+    Raises `UserError` where there is none, or where two experiments have a run of that id.
+    """
+    base = checkpoints_root() if root is None else Path(root)
+    places = [Path(run), Path(run) / FINAL]
+    if isinstance(run, str) and NAME.fullmatch(run):
+        places += sorted(base.glob(f"*/{run}/{FINAL}"))
+    elif isinstance(run, str) and all(NAME.fullmatch(part) for part in run.split("/")):
+        places.append(base / run / FINAL)
+    found = [place for place in places if (place / MODEL).is_file()]
+    if not found:
+        raise UserError(f"no weights of {str(run)!r} are in that folder or under {base}; train the run first")
+    if len(found) > 1:
+        raise UserError(f"{str(run)!r} is ambiguous: {', '.join(map(str, found))}; give one of these folders")
+    return found[0]
+
+
+def load_model(
+    run: str | Path, checkpoints_root: Path | str | None = None, *, device: torch.device | str = "cpu"
+) -> tuple[LanguageModel, Recipe]:
+    """The model of a run id, `experiment/id` or folder, in evaluation mode with its float32 weights, and its recipe.
+
+    Raises `UserError` for a run without weights and for files that are damaged or do not fit each other.
+    """
+    directory = find_model(run, checkpoints_root)
+    load_plugins()
+    try:
+        values = json.loads((directory / RECIPE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {directory / RECIPE} ({error}); export the run's weights again") from None
+    recipe = Recipe.from_dict(values)
+    with torch.random.fork_rng(devices=[]):
+        model = recipe.model.build()
+    try:
+        model.load_state_dict(load_file(directory / MODEL))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{directory / MODEL} is damaged or of another model ({reason}); export it again") from None
+    return model.to(device).eval(), recipe

@@ -1,0 +1,83 @@
+import json
+
+import pytest
+import torch
+
+from rodimus_lab.errors import UserError
+from rodimus_lab.nn.block import BlockConfig
+from rodimus_lab.nn.feedforward import FeedForwardConfig
+from rodimus_lab.nn.model import LanguageModelConfig
+from rodimus_lab.recipe import BudgetConfig, DataConfig, Recipe, ScheduleConfig
+from rodimus_lab.weights import find_model, load_model, save_model
+
+
+@pytest.fixture
+def recipe():
+    block = BlockConfig(hops=((FeedForwardConfig(width=8),),))
+    return Recipe(
+        experiment="trial",
+        label="tiny",
+        model=LanguageModelConfig(vocab_size=16, d_model=8, pattern=(block,), repeats=1),
+        data=DataConfig(corpus="pydoc", tokenizer="gpt2", seq_len=8),
+        schedule=ScheduleConfig(warmup_steps=1),
+        budget=BudgetConfig(steps=2, batch_size=1),
+    )
+
+
+@pytest.fixture
+def saved(tmp_path, recipe):
+    model = recipe.model.build()
+    save_model(tmp_path / "trial" / recipe.id / "final", model.state_dict(), recipe)
+    return model
+
+
+@pytest.mark.parametrize("how", ["id", "experiment and id", "run folder", "folder"])
+def test_round_trip(tmp_path, recipe, saved, how):
+    folder = tmp_path / "trial" / recipe.id
+    name = {
+        "id": recipe.id,
+        "experiment and id": f"trial/{recipe.id}",
+        "run folder": folder,
+        "folder": folder / "final",
+    }
+    before = torch.get_rng_state()
+    model, read = load_model(name[how], tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert read == recipe
+    assert not model.training
+    for a, b in zip(model.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["nobody-00000000", "../trial", "trial/../../etc", ""])
+def test_no_such_run(tmp_path, saved, name):
+    with pytest.raises(UserError, match="no weights of"):
+        load_model(name, tmp_path / "trial")
+
+
+def test_an_id_of_two_experiments(tmp_path, recipe, saved):
+    save_model(tmp_path / "other" / recipe.id / "final", saved.state_dict(), recipe)
+    with pytest.raises(UserError, match="is ambiguous"):
+        find_model(recipe.id, tmp_path)
+
+
+def test_damaged_weights(tmp_path, recipe, saved):
+    path = find_model(recipe.id, tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        load_model(recipe.id, tmp_path)
+
+
+def test_weights_of_another_model(tmp_path, recipe, saved):
+    path = find_model(recipe.id, tmp_path) / "recipe.json"
+    values = json.loads(path.read_text())
+    values["model"]["d_model"] = 4
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="damaged or of another model"):
+        load_model(recipe.id, tmp_path)
+
+
+def test_damaged_recipe(tmp_path, recipe, saved):
+    (find_model(recipe.id, tmp_path) / "recipe.json").write_text("{")
+    with pytest.raises(UserError, match="cannot read"):
+        load_model(recipe.id, tmp_path)
