@@ -1,0 +1,77 @@
+"""What the trainer asks of data, and nothing more of it.
+
+Shapes: B batch, T time. Every batch is the int64 pair (inputs_BT, targets_BT; -100: not counted).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from rodimus_lab.data import BlockLoader, TokenBlocks, eval_batches, prepare
+from rodimus_lab.errors import UserError
+from rodimus_lab.recipe import Recipe
+from rodimus_lab.train.distributed import World
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Loader(Protocol):
+    """Endless batches: this rank's rows of one global batch at a time. The state is JSON and the same on all ranks."""
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Feed:
+    """`evaluation[split](rows)` gives this rank's part of that split, at most `rows` rows a batch, as many batches on
+    every rank and every token of the split once; `words[split]` is its number of words, `facts` what identifies the
+    data, in JSON, for the run's environment."""
+
+    train: Loader
+    evaluation: Mapping[str, Callable[[int], Iterable[Batch]]]
+    words: Mapping[str, int] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+OpenFeed = Callable[[Recipe, World], Feed]
+
+
+def open_feed(recipe: Recipe, world: World) -> Feed:
+    """The recipe's corpus, tokenised on first use; all its splits but `train` are evaluated.
+
+    Raises `UserError` where the corpus cannot be had or the tokenizer has more tokens than the model's vocabulary.
+    """
+    data, batch_size = recipe.data, recipe.budget.batch_size
+    prepared = prepare(data.corpus, data.tokenizer, progress=world.main)
+    manifest = prepared.manifest
+    if manifest.vocab_size > recipe.model.vocab_size:
+        raise UserError(
+            f"the tokenizer {manifest.tokenizer} has {manifest.vocab_size} tokens, but the model's vocabulary only "
+            f"{recipe.model.vocab_size}; enlarge it"
+        )
+    blocks = TokenBlocks(prepared, "train", data.seq_len)
+    loader = BlockLoader(blocks, batch_size, recipe.seed, world.rank, world.size)
+    splits = [split for split in prepared.splits if split != "train"]
+
+    def reader(split: str) -> Callable[[int], Iterable[Batch]]:
+        return lambda rows: eval_batches(prepared, split, data.seq_len, rows, world.rank, world.size)
+
+    return Feed(
+        train=loader,
+        evaluation={split: reader(split) for split in splits},
+        words={split: prepared.split(split).words for split in splits},
+        facts={
+            "fingerprints": {split: prepared.fingerprint(split) for split in prepared.splits},
+            "tokens": {split: prepared.split(split).tokens for split in prepared.splits},
+            "order_hash": loader.order_hash(),
+            "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
+        },
+    )

@@ -1,0 +1,85 @@
+"""Two processes with gloo against one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import train_fakes
+from train_fakes import checkpoint_folder, memory_feed, options, run_folder, tiny_recipe
+
+from rodimus_lab.records import RunDir
+from rodimus_lab.train import Interrupted, train
+from rodimus_lab.weights import load_model
+
+CHANGES = {"dropout": 0.0}  # The ranks drop other activations than one process does.
+RECIPE = tiny_recipe(**CHANGES)
+
+
+def torchrun(root, *, settings=None, faults=None):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    command += [
+        train_fakes.__file__,
+        str(root),
+        json.dumps(CHANGES),
+        json.dumps(settings or {}),
+        json.dumps(faults or {}),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+
+
+def metrics(root):
+    return RunDir(root / "runs", RECIPE.experiment, RECIPE.id).read_metrics()
+
+
+def same(parts, whole):
+    assert [line["step"] for line in parts] == [line["step"] for line in whole]
+    for a, b in zip(parts, whole, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    train(RECIPE, options(root), open_feed=memory_feed)
+    return root
+
+
+def test_from_two_processes_to_one(tmp_path, whole):
+    done = torchrun(tmp_path, settings={"stop_at_step": 6, "micro_batch_size": 3})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("was stopped as asked after step 6") == 1
+    shards = list((checkpoint_folder(tmp_path, RECIPE) / "step-00000006" / "tensors").iterdir())
+    assert len(shards) == 2
+    same(metrics(tmp_path), [line for line in metrics(whole) if line["step"] <= 6])
+    train(RECIPE, options(tmp_path), open_feed=memory_feed)
+    same(metrics(tmp_path), metrics(whole))
+
+
+def test_from_one_process_to_two(tmp_path, whole):
+    with pytest.raises(Interrupted):
+        train(RECIPE, options(tmp_path, stop_at_step=6), open_feed=memory_feed)
+    done = torchrun(tmp_path)
+    assert done.returncode == 0, done.stderr
+    same(metrics(tmp_path), metrics(whole))
+    record = json.loads((run_folder(tmp_path, RECIPE) / "record.json").read_text())
+    assert record["device"] == "2 x cpu"
+    parts, _ = load_model(RECIPE.id, tmp_path / "checkpoints")
+    once, _ = load_model(RECIPE.id, whole / "checkpoints")
+    for a, b in zip(parts.parameters(), once.parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-5
+
+
+def test_a_failing_rank_speaks_alone(tmp_path):
+    done = torchrun(tmp_path, faults={3: "fail on rank 1"})
+    assert done.returncode != 0
+    assert done.stderr.count("rank 1: the shard train-00003.bin is corrupt; delete it") == 1
+    assert "Traceback (most recent call last)" not in done.stderr.split("elastic")[0]
+    assert not (run_folder(tmp_path, RECIPE) / "record.json").exists()

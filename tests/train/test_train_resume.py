@@ -1,0 +1,87 @@
+"""Runs that are ended from outside, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import train_fakes
+from train_fakes import checkpoint_folder, memory_feed, options, run_folder, tiny_recipe
+
+from rodimus_lab.train import train
+from rodimus_lab.weights import load_model
+
+
+def launch(root, *, settings=None, faults=None):
+    command = [
+        sys.executable,
+        train_fakes.__file__,
+        str(root),
+        "{}",
+        json.dumps(settings or {}),
+        json.dumps(faults or {}),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+def outcome(root, recipe):
+    return (
+        (run_folder(root, recipe) / "metrics.jsonl").read_bytes(),
+        (checkpoint_folder(root, recipe) / "final" / "model.safetensors").read_bytes(),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("whole")
+    train(tiny_recipe(), options(root), open_feed=memory_feed)
+    yield outcome(root, tiny_recipe())
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("batch", [2, 11])
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, whole, batch):
+    """Killed before its first checkpoint, and three steps after its second (dropout is on)."""
+    killed = launch(tmp_path, faults={batch: "kill"})
+    assert killed.returncode == -9
+    recipe = tiny_recipe()
+    assert not (run_folder(tmp_path, recipe) / "record.json").exists()
+    train(recipe, options(tmp_path), open_feed=memory_feed)
+    assert outcome(tmp_path, recipe) == whole
+
+
+def test_sigterm_leaves_a_checkpoint_of_the_step(tmp_path, whole):
+    stopped = launch(tmp_path, faults={6: "terminate"})
+    recipe = tiny_recipe()
+    assert stopped.returncode == 143
+    assert "was stopped by SIGTERM after step 6 of 12; its checkpoint is written" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert (checkpoint_folder(tmp_path, recipe) / "step-00000006" / "manifest.json").exists()
+    train(recipe, options(tmp_path), open_feed=memory_feed)
+    assert outcome(tmp_path, recipe) == whole
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
+    stopped = launch(tmp_path, faults={6: "terminate twice"})
+    assert stopped.returncode == 143
+    assert stopped.stderr == ""
+    assert not (checkpoint_folder(tmp_path, tiny_recipe()) / "step-00000006").exists()
+
+
+def test_best_weights_are_those_of_the_best_evaluation(tmp_path):
+    recipe = tiny_recipe()
+    record = train(recipe, options(tmp_path), open_feed=memory_feed)
+    model, _ = load_model(checkpoint_folder(tmp_path, recipe) / "best")
+    feed = memory_feed(recipe, train_fakes.World(0, 1, torch.device("cpu")))
+    from rodimus_lab.scoring import perplexity
+
+    assert perplexity(model, feed.evaluation["valid"](3))["ppl"] == pytest.approx(
+        record["metrics"]["best_valid_ppl"], rel=1e-6
+    )
