@@ -9,24 +9,25 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import struct
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from rodimus_lab.data.corpora import open_corpus
 from rodimus_lab.data.corpus import Corpus
-from rodimus_lab.data.tokenizers import Tokenizer, load_tokenizer
+from rodimus_lab.data.tokenizers import SPACE_BETWEEN_WORDS, Tokenizer, load_tokenizer
 from rodimus_lab.errors import UserError
 
 CHUNK_BYTES = 1 << 19
 MAX_WORKERS = 32
+KNOWN_PIECES = 500_000
+KNOWN_LENGTH = 40
 
 
 class Chunk(NamedTuple):
@@ -93,7 +94,7 @@ def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[Chunk], workers: int | 
         raise UserError(f"the number of tokenisation workers is {workers}; it must be at least 1")
     with _library_threads_off():
         if workers == 1:
-            yield from (_encode(tokenizer, chunk) for chunk in chunks)
+            yield from map(Encoder(tokenizer), chunks)
             return
         # Workers touch neither torch nor a device, so forking is safe, and it spares each its imports.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -149,30 +150,57 @@ def measure_tokenization(
     }
 
 
-def _encode(tokenizer: Tokenizer, chunk: Chunk) -> EncodedChunk:
-    flat: list[int] = []
-    for document in tokenizer.encode_batch(chunk.texts):
-        flat += document
-        flat.append(tokenizer.eos_id)
-    ids = np.array(flat, dtype=np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")).tobytes()
-    words = sum(len(text.split()) for text in chunk.texts)
-    return EncodedChunk(chunk.shard, ids, len(flat), words, len(chunk.texts), chunk.bytes)
+class Encoder:
+    """Encodes chunks. Most words of a text were met before, so the ids of short pieces between spaces are kept."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._format = "H" if token_dtype(tokenizer.vocab_size) == "uint16" else "I"
+        self._width = struct.calcsize(f"<{self._format}")
+        self._split = SPACE_BETWEEN_WORDS.split if tokenizer.cuts_at_spaces else lambda text: [text]
+        self._known = _Pieces(self._encode)
+
+    def __call__(self, chunk: Chunk) -> EncodedChunk:
+        end = self._pack([self._tokenizer.eos_id])
+        known = self._known.__getitem__
+        ids = b"".join(b"".join(map(known, self._split(text))) + end for text in chunk.texts)
+        words = sum(len(text.split()) for text in chunk.texts)
+        return EncodedChunk(chunk.shard, ids, len(ids) // self._width, words, len(chunk.texts), chunk.bytes)
+
+    def _encode(self, piece: str) -> bytes:
+        return self._pack(self._tokenizer.encode(piece))
+
+    def _pack(self, ids: list[int]) -> bytes:
+        return struct.pack(f"<{len(ids)}{self._format}", *ids)
 
 
-_worker_tokenizer: Tokenizer | None = None
+class _Pieces(dict[str, bytes]):
+    """Pieces of text and their ids, filled as they are asked for; never more than some 100 MB."""
+
+    def __init__(self, encode: Callable[[str], bytes]):
+        self._encode = encode
+
+    def __missing__(self, piece: str) -> bytes:
+        ids = self._encode(piece)
+        if len(piece) <= KNOWN_LENGTH and len(self) < KNOWN_PIECES:
+            self[piece] = ids
+        return ids
+
+
+_worker: Encoder | None = None
 
 
 def _start_worker(name: str, tokenizer_json: str) -> None:
-    global _worker_tokenizer
+    global _worker
     # An interrupt is the parent's to handle; it shuts the pool down.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = Tokenizer.from_json(name, tokenizer_json)
+    _worker = Encoder(Tokenizer.from_json(name, tokenizer_json))
 
 
 def _encode_in_worker(chunk: Chunk) -> EncodedChunk:
-    assert _worker_tokenizer is not None
-    return _encode(_worker_tokenizer, chunk)
+    assert _worker is not None
+    return _worker(chunk)
 
 
 @contextmanager

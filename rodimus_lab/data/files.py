@@ -8,11 +8,11 @@ is read in pieces of about a million characters, cut at line ends, each of them 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from rodimus_lab.data.corpus import CORPORA, Corpus
 from rodimus_lab.data.storage import SPLITS, data_root
@@ -31,6 +31,7 @@ SPLIT_PATTERN = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?![a-z])", re.IGNORECASE
 PART_PATTERN = re.compile(r"-(\d{5})-of-(\d{5})")
 PIECE_CHARACTERS = 1_000_000
 SAMPLED_BYTES = 1 << 16
+READ_BYTES = 1 << 17
 # Files packed with `zstd --long=27` and up need a decoder that allows such windows.
 ZSTD_WINDOW = 1 << 31
 
@@ -181,25 +182,36 @@ def _read_text(path: Path) -> Iterator[str]:
 
 def _read_jsonl(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
-        if path.name.endswith(".zst"):
-            yield from _read_zstd_lines(path, file)
-        else:
-            yield from _parse_lines(path, file)
+        yield from _parse_lines(path, _zstd_lines(path, file) if path.name.endswith(".zst") else file)
 
 
-def _read_zstd_lines(path: Path, file: io.BufferedReader) -> Iterator[str]:
+def _zstd_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a zstd file of one or more frames, each of which must be whole."""
     try:
         import zstandard
     except ImportError:
         raise UserError(f"reading {path.name} needs the package 'zstandard'; pip install -e '.[data]'") from None
-    reader = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).stream_reader(file, read_across_frames=True)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
+    frame = decompressor.decompressobj()
+    begun = False
+    rest = b""
     try:
-        yield from _parse_lines(path, io.BufferedReader(reader, buffer_size=1 << 20))
+        while data := file.read(READ_BYTES):
+            while data:
+                begun = True
+                *lines, rest = (rest + frame.decompress(data)).split(b"\n")
+                yield from lines
+                data = b""
+                if frame.eof:
+                    data, frame, begun = frame.unused_data, decompressor.decompressobj(), False
     except zstandard.ZstdError as error:
         raise UserError(f"{path} is not a whole zstd file ({error}); fetch it again") from None
+    if begun:
+        raise UserError(f"{path} is not a whole zstd file (it breaks off); fetch it again")
+    yield rest
 
 
-def _parse_lines(path: Path, lines: io.BufferedIOBase) -> Iterator[str]:
+def _parse_lines(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -19,6 +19,9 @@ from rodimus_lab.registry import Registry
 EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
+SPACE_BETWEEN_WORDS = re.compile(r"(?<=\S)(?= \S)")
+
+
 class Tokenizer:
     """Text to ids and back. Ids lie in [0, vocab_size).
 
@@ -39,6 +42,25 @@ class Tokenizer:
                 f"the tokenizer {name!r} has no end-of-document token; it needs one of: {', '.join(EOS_NAMES)}"
             )
         self.eos_id: int = eos
+
+    @property
+    def cuts_at_spaces(self) -> bool:
+        """Whether a text cut at `SPACE_BETWEEN_WORDS` has the same ids in pieces as in whole.
+
+        So it is for the pre-tokenizer of GPT-2, none of whose pieces goes on from a visible character to a space.
+        """
+        parts = json.loads(self.to_json())
+        split = parts["pre_tokenizer"] or {}
+        words_apart = split.get("type") == "ByteLevel" and split.get("use_regex") and not split.get("add_prefix_space")
+        normalizer = (parts["normalizer"] or {}).get("type")
+        added = [token for token in parts["added_tokens"] if not token["special"]]
+        return (
+            bool(words_apart)
+            and normalizer in (None, "NFC")
+            and not parts["model"].get("dropout")
+            and not any(token["single_word"] or token["lstrip"] or token["rstrip"] for token in added)
+            and not any(SPACE_BETWEEN_WORDS.search(token["content"]) for token in added)
+        )
 
     @classmethod
     def from_json(cls, name: str, text: str) -> Tokenizer:
