@@ -43,7 +43,8 @@ def chunked(
         x = F.pad(x.to(dtype).transpose(1, 2), (0, 0, 0, pad))
         return x.reshape(batch, heads, -1, chunk, x.shape[-1])
 
-    q, k, v = (to_chunks(x, wide) for x in (q_BTHK * scale, k_BTHK, v_BTHV))
+    q, k = to_chunks(q_BTHK * scale, wide), to_chunks(k_BTHK, wide)
+    v = to_chunks(v_BTHV, narrow if log_beta_BTHV is None else wide)
     alpha = _Decay(to_chunks(log_alpha_BTHK, wide), sub)
     beta = None if log_beta_BTHV is None else _Decay(to_chunks(log_beta_BTHV, wide), sub)
     same = None if segments is None else _SameDocument(segments, chunk, pad)
@@ -51,7 +52,7 @@ def chunked(
     # Within the chunk.
     before_BHNMCK = k.unsqueeze(3) * alpha.to_sub_chunk_start
     across_BHNMcC = _matmul(_split(q, sub) * alpha.within_sub_chunk, before_BHNMCK.mT, narrow)
-    near_BHNMcc = torch.einsum("bhnmtk,bhnmsk,bhnmtsk->bhnmts", _split(q, sub), _split(k, sub), alpha.pairs)
+    near_BHNMcc = (_split(q, sub).unsqueeze(-2) * _split(k, sub).unsqueeze(-3) * alpha.pairs).sum(-1)
     subs = chunk // sub
     if same is not None:
         across_BHNMcC = across_BHNMcC * same.pairs_BNCC.reshape(batch, 1, -1, subs, sub, chunk)
@@ -64,7 +65,7 @@ def chunked(
         o = _matmul(scores.reshape(*q.shape[:3], chunk, chunk), v, narrow)
     else:
         o = beta.within_sub_chunk * (across_BHNMcC @ (v.unsqueeze(3) * beta.to_sub_chunk_start))
-        o = o + torch.einsum("bhnmts,bhnmsv,bhnmtsv->bhnmtv", near_BHNMcc, _split(v, sub), beta.pairs)
+        o = o + (near_BHNMcc.unsqueeze(-1) * _split(v, sub).unsqueeze(-3) * beta.pairs).sum(-2)
         o = o.reshape(v.shape)
 
     # From chunk to chunk.
@@ -138,4 +139,5 @@ def _split(x: Tensor, sub: int) -> Tensor:
 
 
 def _matmul(a: Tensor, b: Tensor, narrow: torch.dtype) -> Tensor:
+    """The product of `a` and `b` rounded to `narrow`, in a's dtype."""
     return (a.to(narrow) @ b.to(narrow)).to(a.dtype)
