@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
+from rodimus_lab.config import ConfigError
 from rodimus_lab.nn.heads import HeadSharing
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer, TokenMixerConfig
-from rodimus_lab.nn.rotary import rotate
+from rodimus_lab.nn.rotary import rotary_table, rotate
 from rodimus_lab.ops.attention import KVCache, attention
 from rodimus_lab.ops.segments import Segments
 
@@ -35,12 +36,6 @@ class AttentionConfig(TokenMixerConfig):
     rotary_base: Annotated[float, Field(gt=0)] | None = 10000.0
     bias: bool = False
 
-    @model_validator(mode="after")
-    def _rotary_needs_pairs(self) -> AttentionConfig:
-        if self.rotary_base is not None and self.head_width is not None and self.head_width % 2:
-            raise ValueError(f"rotary positions need an even head_width, not {self.head_width}")
-        return self
-
     @property
     def keys_in_window(self) -> int | None:
         if self.window is None or self.window_convention == "keys":
@@ -48,11 +43,15 @@ class AttentionConfig(TokenMixerConfig):
         return self.window // 2 + 1
 
     def width_of_head(self, d_model: int) -> int:
+        """K at a model width. Raises `ConfigError` where the heads do not divide it or rotary positions lack pairs."""
         if self.head_width is None and d_model % self.heads.num_heads:
-            raise ValueError(
+            raise ConfigError(
                 f"d_model={d_model} is not a multiple of num_heads={self.heads.num_heads}; give head_width"
             )
-        return self.head_width or d_model // self.heads.num_heads
+        width = self.head_width or d_model // self.heads.num_heads
+        if self.rotary_base is not None and width % 2:
+            raise ConfigError(f"rotary positions need an even head_width, not {width}; or set rotary_base to null")
+        return width
 
     def _widths(self, d_model: int) -> tuple[int, int, int]:
         width = self.width_of_head(d_model)
@@ -111,8 +110,8 @@ class Attention(TokenMixer):
         q_BTHK, k_BTGK, v_BTJK = (x.unflatten(-1, (-1, self.head_width)) for x in qkv)
         if self.config.rotary_base is not None:
             positions_BT = self._positions(x_BTD, state, segments)
-            q_BTHK = rotate(q_BTHK, positions_BT, self.config.rotary_base)
-            k_BTGK = rotate(k_BTGK, positions_BT, self.config.rotary_base)
+            table = rotary_table(positions_BT, self.head_width, self.config.rotary_base, q_BTHK.dtype)
+            q_BTHK, k_BTGK = rotate(q_BTHK, table), rotate(k_BTGK, table)
         o_BTHK, state = attention(
             q_BTHK, k_BTGK, v_BTJK, window=self.config.keys_in_window, cache=state, segments=segments
         )

@@ -86,6 +86,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, win
     return o.transpose(1, 2)
 
 
+@torch.compiler.disable  # it is compiled by itself; traced from outside, its block mask would be built at every call
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None) -> Tensor:
     """torch's FlexAttention, which skips the blocks outside the window."""
     q, k, v = q.transpose(1, 2), _share(k, q.shape[2]), _share(v, q.shape[2])
@@ -97,7 +98,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, win
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compiler.disable(torch.compile(flex_attention, dynamic=False))
+    return torch.compile(flex_attention, dynamic=False)
 
 
 @memoize
