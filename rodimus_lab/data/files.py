@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -125,17 +126,24 @@ CORPORA.register("enwiki-25k")(Enwiki)
 
 def read_documents(path: Path) -> Iterator[str]:
     """The documents of one file, streamed. Raises `UserError` naming the file, and the line, that cannot be read."""
-    try:
+    with reading(path):
         if path.name.endswith((".txt", ".tokens")):
             yield from _read_text(path)
         elif path.name.endswith(".parquet"):
             yield from _read_parquet(path)
         else:
             yield from _read_jsonl(path)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what goes wrong with `path` in the block into a `UserError` that names it."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it") from None
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there; restore it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); restore it or its permissions") from None
 
 
 def files_fingerprint(paths: list[Path]) -> str:

@@ -26,7 +26,7 @@ SUMMED = ("tokens", "words", "documents", "bytes")
 def prepare(
     corpus: str | Corpus,
     tokenizer: str | Tokenizer,
-    out_dir: Path | None = None,
+    out_dir: Path | str | None = None,
     workers: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     splits: tuple[str, ...] | None = None,
@@ -58,9 +58,12 @@ def prepare(
     tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock").acquire()
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}); choose another folder") from None
-    with FileLock(folder / ".lock"), _Display(corpus.name, progress) as display:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another folder") from None
+    with lock, _Display(corpus.name, progress) as display:
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink()
         for split in _missing(folder, corpus, name, splits):
             _prepare_split(folder, corpus, tokenizer, split, workers, shard_bytes, display.count)
     return PreparedData(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from rodimus_lab.data.corpus import CORPORA, Corpus
-from rodimus_lab.data.files import files_fingerprint
+from rodimus_lab.data.files import files_fingerprint, reading
 from rodimus_lab.data.storage import data_root
 from rodimus_lab.errors import UserError
 
@@ -58,7 +58,7 @@ class WikiText(Corpus):
         if path is None:
             yield from self._from_hub(split)
             return
-        with path.open(encoding="utf-8", newline="\n") as lines:
+        with reading(path), path.open(encoding="utf-8", newline="\n") as lines:
             for line in lines:
                 yield line.strip()
 
