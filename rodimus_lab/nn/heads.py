@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rodimus_lab.config import Config
+from rodimus_lab.config import Config, ConfigError, did_you_mean
 
 Positive = Annotated[int, Field(ge=1)]
 HeadKind = Literal["mha", "gqa", "mqa", "ska"]
@@ -31,13 +31,11 @@ class HeadSharing(Config):
 
     @classmethod
     def of(cls, kind: HeadKind, num_heads: int, groups: int | None = None) -> HeadSharing:
-        """The sharing named `kind`; `groups` is GQA's number of key-value heads."""
-        if kind == "gqa" and groups is None:
-            raise ValueError("gqa needs its number of groups")
-        keys, values = {
-            "mha": (num_heads, num_heads),
-            "gqa": (groups or 1, groups or 1),
-            "mqa": (1, 1),
-            "ska": (1, num_heads),
-        }[kind]
+        """The sharing named `kind`; `groups` is GQA's number of key-value heads. Unknown names raise `ConfigError`."""
+        sharings = {"mha": (num_heads, num_heads), "gqa": (groups, groups), "mqa": (1, 1), "ska": (1, num_heads)}
+        if kind not in sharings:
+            raise ConfigError(f"there is no head sharing {kind!r}{did_you_mean(kind, sharings)}")
+        keys, values = sharings[kind]
+        if keys is None or values is None:
+            raise ConfigError("the head sharing 'gqa' needs its number of groups")
         return cls(num_heads=num_heads, num_key_heads=keys, num_value_heads=values)

@@ -32,7 +32,7 @@ class InitConfig(Config):
 
 class LanguageModelConfig(Config):
     """`pattern` is the sequence of blocks that is repeated `repeats` times. `max_positions` > 0 adds learned absolute
-    position embeddings for that many positions."""
+    position embeddings for that many positions; tokens further on share the last one."""
 
     vocab_size: Annotated[int, Field(ge=2)]
     d_model: Annotated[int, Field(ge=1)]
@@ -61,13 +61,13 @@ class LanguageModelConfig(Config):
     def flops_per_token(self, context: int) -> int:
         """Forward matrix-product FLOPs of one decoding step with `context` - 1 tokens before it; the head is counted,
         the embedding look-up is not."""
-        return 2 * self.d_model * self.vocab_size + sum(b.flops_per_token(self.d_model, context) for b in self.blocks)
+        pattern = sum(block.flops_per_token(self.d_model, context) for block in self.pattern)
+        return 2 * self.d_model * self.vocab_size + self.repeats * pattern
 
     def training_flops_per_token(self, seq_len: int) -> float:
         """Forward and backward FLOPs a token at training length `seq_len`: three times the forward FLOPs, averaged over
         the positions (causal, not full, attention)."""
-        ends = self.flops_per_token(1) + self.flops_per_token(seq_len)
-        return 3 * ends / 2
+        return 3 * sum(self.flops_per_token(context) for context in range(1, seq_len + 1)) / seq_len
 
     def state_bytes(self, batch: int, context: int, dtype: torch.dtype) -> int:
         """Bytes of the real state after `context` tokens, the position counter included."""

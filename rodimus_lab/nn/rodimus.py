@@ -56,7 +56,7 @@ class TemperatureGate(Config):
 
 
 class ValueGate(Config):
-    """beta_hat = sigmoid(x W_1 W_2 + b) (Eq. 10). `rank` is ell; "auto" is the authors' code, max(d_model // 64, 16)."""
+    """beta_hat = sigmoid(x W_1 W_2 + b) (Eq. 10) of rank ell; "auto" is the authors' max(d_model // 64, 16)."""
 
     rank: Rank = 16
 
@@ -266,5 +266,5 @@ class Rodimus(TokenMixer):
 
 def _log_softplus(x: Tensor) -> Tensor:
     """log(softplus(x)), which is x itself to rounding far below 0, where softplus underflows."""
-    low = x < -15
+    low = x < -30
     return torch.where(low, x, F.softplus(x.masked_fill(low, 0.0)).log())

@@ -12,7 +12,7 @@ from rodimus_lab.nn.norm import at_least_fp32
 
 
 def rotary_table(positions_BT: Tensor, width: int, base: float, dtype: torch.dtype) -> Tensor:
-    """table_2BTK, K = width / 2: cosines and sines of positions * base^(-2i/width), in float32 (float64 for float64)."""
+    """table_2BTK, K = width / 2: cosine and sine of positions * base^(-2i/width), in float32 (float64 for float64)."""
     return _table(positions_BT, width, base, dtype == torch.float64)
 
 
