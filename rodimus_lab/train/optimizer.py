@@ -6,6 +6,8 @@ head (a tied one is decayed), and every parameter that a module names in its cla
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -38,6 +40,11 @@ def decay_groups(model: LanguageModel) -> DecayGroups:
     named = list(model.named_parameters())
     decay = tuple(name for name, p in named if p.ndim >= 2 and id(p) not in spared)
     return DecayGroups(decay, tuple(name for name, _ in named if name not in set(decay)))
+
+
+def without_block_numbers(names: Iterable[str]) -> list[str]:
+    """Parameter names with `*` for the number of the block, each once."""
+    return list(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names))
 
 
 def build_optimizer(model: nn.Module, groups: DecayGroups, config: OptimizerConfig) -> torch.optim.AdamW:

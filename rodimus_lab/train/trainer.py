@@ -26,7 +26,7 @@ from rodimus_lab.train.distributed import World, session, whole
 from rodimus_lab.train.evaluation import evaluate, note_evaluation
 from rodimus_lab.train.feed import Feed, OpenFeed, open_feed
 from rodimus_lab.train.journal import TIMING, Board, Timing, device_facts, device_label, rounded
-from rodimus_lab.train.optimizer import build_optimizer, decay_groups, moments, set_updates
+from rodimus_lab.train.optimizer import build_optimizer, decay_groups, moments, set_updates, without_block_numbers
 from rodimus_lab.train.progress import Progress
 from rodimus_lab.train.sentinel import NonFiniteError, find_non_finite
 from rodimus_lab.train.signals import Interrupted, StopSignal
@@ -113,9 +113,8 @@ class Trainer:
     """One session of one run. `run` is where its records go, `folder` where its checkpoints go."""
 
     def __init__(self, recipe: Recipe, feed: Feed, options: TrainOptions, run: RunDir, world: World, folder: Path):
-        self.recipe, self.feed, self.options, self.run, self.world, self.folder = (
-            recipe, feed, options, run, world, folder,
-        )  # fmt: skip
+        self.recipe, self.feed, self.options = recipe, feed, options
+        self.run, self.world, self.folder = run, world, folder
         batch, seq_len, device = recipe.budget.batch_size, recipe.data.seq_len, world.device
         if batch % world.size:
             raise UserError(f"a batch of {batch} sequences does not divide over {world.size} ranks; start fewer")
@@ -170,7 +169,7 @@ class Trainer:
     def _start(self) -> None:
         self._began = time.monotonic()
         facts = dict(self.feed.facts)
-        saved = self.store.restore(self._tensors(), self._say)
+        saved = self.store.restore(self._tensors(), self.progress.say if self.world.main else lambda _: None)
         if saved is not None:
             if saved["data"] != facts:
                 raise UserError(
@@ -191,7 +190,7 @@ class Trainer:
                     "data": facts,
                     "micro_batch_size": self.stepper.rows,
                     "compile": self.compiled,
-                    "no_weight_decay": list(self.groups.no_decay),
+                    "no_weight_decay": without_block_numbers(self.groups.no_decay),
                 }
             )
             self.run.write_env(self.env)
@@ -266,6 +265,7 @@ class Trainer:
                     raise NonFiniteError(f"{self.recipe.id}: {name} is not finite at step {self.state.step}")
             step = self.state.step
             self._write({"step": step, "tokens": step * self.tokens_per_step} | new)
+            self._say(f"step {step:,}  " + "  ".join(f"{name} {value:.4g}" for name, value in new.items()))
             self.state.metrics, better = note_evaluation(self.state.metrics, new)
             self.state.stale_evaluations = 0 if better else self.state.stale_evaluations + 1
             if better:

@@ -1,6 +1,6 @@
 import json
-import subprocess
-import sys
+import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from rodimus_lab.errors import UserError
 from rodimus_lab.train import Interrupted, train
 from rodimus_lab.train.checkpoint import CheckpointStore, find_damage
 from rodimus_lab.train.distributed import World
+from rodimus_lab.weights import write_tensors
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -94,34 +95,26 @@ def test_a_save_that_was_cut_off_leaves_no_checkpoint(tmp_path):
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-import torch
-from rodimus_lab.errors import UserError
-from rodimus_lab.train.checkpoint import CheckpointStore
-from rodimus_lab.train.distributed import World
-from rodimus_lab.weights import write_tensors
-store = CheckpointStore(Path(sys.argv[1]), World(0, 1, torch.device("cpu")))
-store.save(1, {"a": torch.zeros(8)}, {})
-resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-for attempt in (lambda: store.save(2, {"a": torch.zeros(1 << 16)}, {}),
-                lambda: write_tensors(Path(sys.argv[1]) / "weights.safetensors", {"a": torch.zeros(1 << 16)})):
-    try:
-        attempt()
-    except UserError as error:
-        print(error)
-"""
+@pytest.fixture
+def small_files():
+    """The system itself refuses to write past 64 KiB, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path):
-    """The system itself refuses to write files past a limit."""
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True)
-    first, second = done.stdout.splitlines()
-    assert first.startswith(f"cannot write a checkpoint into {tmp_path} (")
-    assert second.startswith(f"cannot write {tmp_path / 'weights.safetensors'} (")
+@pytest.mark.parametrize("what", ["checkpoint", "weights"])
+def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path, small_files, what):
+    store, large = saved(tmp_path, 1), {"a": torch.zeros(1 << 16)}
+    small_files()
+    if what == "checkpoint":
+        with pytest.raises(UserError, match=re.escape(f"cannot write a checkpoint into {tmp_path} (")):
+            store.save(2, large, {})
+    else:
+        with pytest.raises(UserError, match=re.escape(f"cannot write {tmp_path / 'weights.safetensors'} (")):
+            write_tensors(tmp_path / "weights.safetensors", large)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert find_damage(tmp_path / "step-00000001") is None
+    assert find_damage(store.path(1)) is None
 
 
 def test_a_run_survives_a_damaged_checkpoint_bit_for_bit(tmp_path, capsys):
