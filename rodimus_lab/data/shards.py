@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 
@@ -118,9 +119,10 @@ def _prepare_split(
         entry = empty.replace(shards=shards, **sums, **changes)
         manifest.replace(splits={**manifest.splits, split: entry}).write(folder)
 
-    for index, chunks in groupby(encode_chunks(tokenizer, remaining(), workers), key=lambda chunk: chunk.shard):
-        done[index] = _write_shard(folder / f"{split}-{index:05d}.bin", chunks, lambda chunk: count(split, chunk))
-        record()
+    with closing(encode_chunks(tokenizer, remaining(), workers)) as encoded:
+        for index, chunks in groupby(encoded, key=lambda chunk: chunk.shard):
+            done[index] = _write_shard(folder / f"{split}-{index:05d}.bin", chunks, lambda chunk: count(split, chunk))
+            record()
     if shard_count == 0:
         raise UserError(
             f"the {split} split of {corpus.name} is empty; give it text (files may be named train*, valid* and test*)"
