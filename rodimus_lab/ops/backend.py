@@ -14,6 +14,7 @@ from rodimus_lab.config import did_you_mean
 from rodimus_lab.errors import UserError
 
 OPERATORS: dict[str, tuple[Backend, ...]] = {}
+EXAMPLES: dict[str, dict[str, Any]] = {}
 _forced: dict[str, str] = {}
 
 
@@ -25,8 +26,16 @@ class Backend(NamedTuple):
     why_not: Callable[..., str | None] = lambda **facts: None
 
 
-def declare(operator: str, *backends: Backend) -> None:
+def declare(operator: str, *backends: Backend, example: dict[str, Any]) -> None:
+    """Enter an operator. `example` are the facts, but for the device, of a typical training call."""
     OPERATORS[operator] = backends
+    EXAMPLES[operator] = example
+
+
+def survey(operator: str, device: str) -> dict[str, str | None]:
+    """Backend name -> why it cannot run a typical training call on a device type, None where it can; best first."""
+    facts = EXAMPLES[operator] | {"device": device}
+    return {backend.name: backend.why_not(**facts) for backend in OPERATORS[operator]}
 
 
 def choose(operator: str, requested: str, facts: Mapping[str, Any]) -> Backend:

@@ -153,4 +153,5 @@ declare(
     Backend("flex", flex, _flex_why_not),
     Backend("flash_attn", flash, _flash_why_not),
     Backend("naive", naive),
+    example={"cached": False, "packed": False, "dtype": torch.bfloat16, "widths": (64, 64)},
 )

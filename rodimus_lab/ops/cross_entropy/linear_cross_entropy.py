@@ -185,4 +185,4 @@ def _chunks(tokens: int, vocab: int, device: str) -> list[slice]:
     return [slice(start, start + size) for start in range(0, max(tokens, 1), size)]
 
 
-declare("cross_entropy", Backend("chunked", chunked), Backend("naive", naive))
+declare("cross_entropy", Backend("chunked", chunked), Backend("naive", naive), example={})

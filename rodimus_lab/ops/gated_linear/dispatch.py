@@ -108,4 +108,5 @@ declare(
     Backend("chunked", chunked),
     Backend("fla", _fla, _fla_why_not),
     Backend("naive", naive),
+    example={"length": 512, "beta": False, "packed": False, "dtype": torch.bfloat16, "key_width": 64},
 )

@@ -86,4 +86,5 @@ declare(
     "short_conv",
     Backend("conv1d", _conv1d, _conv1d_why_not),
     Backend("taps", _taps),
+    example={"packed": False},
 )
