@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rodimus_lab.errors import UserError
-from rodimus_lab.ops import Segments, gated_linear, use_backend
+from rodimus_lab.ops import Segments, gated_linear
 
 LENGTHS = (1, 7, 63, 64, 65, 257)
 
@@ -253,28 +253,3 @@ def test_fla_without_cuda_says_why() -> None:
 def test_unknown_backend_lists_the_good_ones() -> None:
     with pytest.raises(UserError, match=r"'chunkd'; did you mean 'chunked'\? known: .*chunked, fla, naive"):
         gated_linear(**inputs(4), backend="chunkd")
-
-
-def test_use_backend_reaches_calls_that_leave_the_choice_open() -> None:
-    arguments = inputs(4)
-    with use_backend(gated_linear="step"):
-        with pytest.raises(UserError, match="one token"):
-            gated_linear(**arguments)
-        gated_linear(**arguments, backend="naive")
-        with use_backend(gated_linear="auto"):
-            gated_linear(**arguments)
-        with pytest.raises(UserError, match="one token"):
-            gated_linear(**arguments)
-    gated_linear(**arguments)
-
-
-def test_use_backend_is_undone_by_an_error() -> None:
-    with pytest.raises(RuntimeError), use_backend(gated_linear="step"):
-        raise RuntimeError
-    gated_linear(**inputs(4))
-
-
-@pytest.mark.parametrize("choices", [{"gated_lineal": "naive"}, {"gated_linear": "nave"}])
-def test_use_backend_refuses_unknown_names(choices: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="did you mean"), use_backend(**choices):
-        pass

@@ -1,0 +1,75 @@
+"""Choosing among the implementations of an operator, shown on one made for the purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from rodimus_lab.errors import UserError
+from rodimus_lab.ops import use_backend
+from rodimus_lab.ops.backend import EXAMPLES, OPERATORS, Backend, choose, declare, survey
+
+
+def even_only(size: int, device: str) -> str | None:
+    return None if size % 2 == 0 and device == "cpu" else "it takes even sizes on a CPU"
+
+
+@pytest.fixture(autouse=True)
+def _halve() -> Iterator[None]:
+    fast = Backend("fast", lambda size: size >> 1, even_only)
+    slow = Backend("slow", lambda size: size // 2)
+    declare("halve", fast, slow, example={"size": 8})
+    yield
+    del OPERATORS["halve"], EXAMPLES["halve"]
+
+
+def chosen(requested: str = "auto", size: int = 8) -> str:
+    return choose("halve", requested, {"size": size, "device": "cpu"}).name
+
+
+def test_auto_takes_the_first_that_can_run() -> None:
+    assert chosen(size=8) == "fast"
+    assert chosen(size=7) == "slow"
+
+
+def test_a_named_backend_runs_or_says_why_not() -> None:
+    assert chosen("fast") == "fast"
+    assert chosen("slow") == "slow"
+    with pytest.raises(UserError, match=r"'fast' backend of halve cannot run here: it takes even sizes"):
+        chosen("fast", size=7)
+    with pytest.raises(UserError, match=r"halve has no backend 'slew'; did you mean 'slow'\? known: fast, slow"):
+        chosen("slew")
+
+
+def test_use_backend_reaches_calls_that_leave_the_choice_open() -> None:
+    with use_backend(halve="slow"):
+        assert chosen() == "slow"
+        assert chosen("fast") == "fast"
+        with use_backend(halve="auto"):
+            assert chosen() == "fast"
+        assert chosen() == "slow"
+    assert chosen() == "fast"
+
+
+def test_use_backend_is_undone_by_an_error() -> None:
+    with pytest.raises(RuntimeError), use_backend(halve="slow"):
+        raise RuntimeError
+    assert chosen() == "fast"
+
+
+@pytest.mark.parametrize("choices", [{"halvs": "slow"}, {"halve": "slew"}])
+def test_use_backend_refuses_unknown_names(choices: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="did you mean"), use_backend(**choices):
+        pass
+
+
+def test_a_survey_says_of_each_backend_whether_it_can_run() -> None:
+    assert survey("halve", "cpu") == {"fast": None, "slow": None}
+    assert survey("halve", "cuda") == {"fast": "it takes even sizes on a CPU", "slow": None}
+
+
+def test_every_operator_has_a_backend_everywhere() -> None:
+    for operator in OPERATORS:
+        for device in ("cpu", "cuda"):
+            assert None in survey(operator, device).values()
