@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -111,10 +113,18 @@ def session(device: str | None = None) -> Iterator[World]:
         yield World(rank, size, torch.device(name, local) if name == "cuda" else torch.device(name))
     except Exception as error:
         if store.add("failures", 1) > 1:
-            code = error.exit_code if isinstance(error, Interrupted) else 2 if isinstance(error, UserError) else 1
-            raise SystemExit(code) from None
+            time.sleep(1)  # torchrun ends the others when one rank ends: let the one that speaks finish.
+            end_process(error.exit_code if isinstance(error, Interrupted) else 2 if isinstance(error, UserError) else 1)
         if isinstance(error, UserError) and not isinstance(error, Interrupted) and rank > 0:
             raise UserError(f"rank {rank}: {error}") from None
         error.add_note(f"on rank {rank} of {size}")
         raise
     dist.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """End a process that was a rank, without Python's own tidying up: sharded models leave the threads of their process
+    group behind, and one of these may abort the process while Python goes down."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

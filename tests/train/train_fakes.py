@@ -23,7 +23,7 @@ from rodimus_lab.nn.feedforward import FeedForwardConfig
 from rodimus_lab.nn.model import IGNORE, LanguageModelConfig
 from rodimus_lab.recipe import BudgetConfig, DataConfig, OptimizerConfig, Recipe, ScheduleConfig
 from rodimus_lab.train import Interrupted, TrainOptions, train
-from rodimus_lab.train.distributed import World
+from rodimus_lab.train.distributed import World, end_process
 from rodimus_lab.train.feed import Batch, Feed
 
 VOCAB, SEQ_LEN, BATCH = 64, 16, 8
@@ -147,4 +147,4 @@ def main(root: str, recipe: str, settings: str, faults: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    end_process(main(*sys.argv[1:]))
