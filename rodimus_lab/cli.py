@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from rodimus_lab.records import PROJECT_ROOT, load_records, load_unfinished
 from rodimus_lab.registry import load_plugins
 from rodimus_lab.report import PaperResults, runs_json, runs_table, to_markdown, write
 from rodimus_lab.train import TrainOptions, train
+from rodimus_lab.train.distributed import end_process
 from rodimus_lab.train.signals import Interrupted
 from rodimus_lab.weights import load_model
 
@@ -57,7 +59,10 @@ def main() -> None:
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        end_process(code)
+    sys.exit(code)
 
 
 def _complain(error: object) -> None:

@@ -104,20 +104,12 @@ def explain(cls: type[BaseModel], error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         name = str(first["loc"][-1])
-        return f"{cls.__name__} has no key {where!r}{did_you_mean(name, _fields_at(cls, first['loc'][:-1]))}"
+        return f"{cls.__name__} has no key {where!r}{did_you_mean(name, cls.model_fields)}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     given = first.get("input")
     shown = f" (got {given!r})" if isinstance(given, bool | int | float | str | None) and where else ""
     return f"{cls.__name__}{'.' + where if where else ''}: {message}{shown}"
-
-
-def _fields_at(cls: Any, path: tuple[int | str, ...]) -> list[str]:
-    for part in path:
-        if isinstance(part, int) or not hasattr(cls, "model_fields") or part not in cls.model_fields:
-            return []
-        cls = cls.model_fields[part].annotation
-    return list(getattr(cls, "model_fields", []))
 
 
 def _plain(value: Any) -> Any:

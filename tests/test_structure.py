@@ -16,7 +16,7 @@ FLOORS = {
     2: {"nn", "data", "records"},
     3: {"baselines", "recipe", "generate", "scoring", "weights", "hf", "report"},
     4: {"experiment", "evals", "doctor"},
-    5: {"experiments", "train", "sweep"},
+    5: {"experiments", "train", "sweep", "bench"},
     6: {"cli"},
 }
 LONGEST_FILE = 450
@@ -136,7 +136,9 @@ def test_init_files_only_hand_names_on() -> None:
                 "__all__",
                 "__version__",
             }
-            if not (docstring or names or isinstance(node, ast.Import | ast.ImportFrom)):
+            lazily = isinstance(node, ast.FunctionDef) and node.name == "__getattr__"
+            for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            if not (docstring or names or lazily or for_types or isinstance(node, ast.Import | ast.ImportFrom)):
                 offences.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not offences
 

@@ -3,7 +3,7 @@
 from rodimus_lab.data.corpora import describe, list_corpora, open_corpus
 from rodimus_lab.data.corpus import CORPORA, Corpus
 from rodimus_lab.data.encoding import measure_tokenization
-from rodimus_lab.data.loader import IGNORED, BlockLoader, DeviceBatches, TokenBlocks, eval_batches
+from rodimus_lab.data.loader import IGNORED, BlockLoader, TokenBlocks, eval_batches
 from rodimus_lab.data.prepared import Manifest, PreparedData
 from rodimus_lab.data.shards import prepare
 from rodimus_lab.data.storage import cache_root, data_root
@@ -15,7 +15,6 @@ __all__ = [
     "TOKENIZERS",
     "BlockLoader",
     "Corpus",
-    "DeviceBatches",
     "Manifest",
     "PreparedData",
     "TokenBlocks",

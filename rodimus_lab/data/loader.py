@@ -6,11 +6,8 @@ Legend: B batch, T time (sequence length).
 from __future__ import annotations
 
 import hashlib
-import queue
-import threading
 from collections.abc import Iterator
-from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,74 +168,6 @@ class BlockLoader:
                 self._epoch, self._position = self._epoch + 1, 0
                 self._order = self._draw(self._epoch)
         return np.concatenate(parts)
-
-
-class StatefulBatches(Protocol):
-    def __next__(self) -> Batch: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-
-class DeviceBatches:
-    """Batches of a loader on a device, read ahead by a thread (into pinned memory for CUDA).
-
-    `state_dict` is that of the batches handed out; those read ahead do not count. Use it as a context manager, or call
-    `close`. The loader belongs to it meanwhile.
-    """
-
-    def __init__(self, loader: StatefulBatches, device: torch.device | str, depth: int = 2):
-        self._loader = loader
-        self._device = torch.device(device)
-        self._state = loader.state_dict()
-        self._ready: queue.Queue[tuple[Batch, dict[str, Any]] | BaseException] = queue.Queue(maxsize=depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._read_ahead, name="data-read-ahead", daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> DeviceBatches:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._stopped.is_set():
-            raise StopIteration
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            self._stopped.set()
-            raise item
-        (inputs_BT, targets_BT), self._state = item
-        return inputs_BT.to(self._device, non_blocking=True), targets_BT.to(self._device, non_blocking=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._state
-
-    def close(self) -> None:
-        self._stopped.set()
-        while self._thread.is_alive():
-            with suppress(queue.Empty):
-                self._ready.get_nowait()
-            self._thread.join(timeout=0.01)
-
-    def __enter__(self) -> DeviceBatches:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _read_ahead(self) -> None:
-        while not self._stopped.is_set():
-            try:
-                inputs_BT, targets_BT = next(self._loader)
-                if self._device.type == "cuda":
-                    inputs_BT, targets_BT = inputs_BT.pin_memory(), targets_BT.pin_memory()
-                item: tuple[Batch, dict[str, Any]] | BaseException = (
-                    (inputs_BT, targets_BT),
-                    self._loader.state_dict(),
-                )
-            except BaseException as error:
-                item = error
-            self._ready.put(item)
-            if isinstance(item, BaseException):
-                return
 
 
 def _check_ranks(rank: int, world_size: int) -> None:

@@ -119,6 +119,8 @@ class Trainer:
         if batch % world.size:
             raise UserError(f"a batch of {batch} sequences does not divide over {world.size} ranks; start fewer")
         on_cuda = device.type == "cuda"
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(device)  # What an earlier run of this process took is not this one's.
         if on_cuda and recipe.precision == "bf16":
             torch.set_float32_matmul_precision("high")
         torch.manual_seed(recipe.seed)

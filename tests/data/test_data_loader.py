@@ -1,12 +1,10 @@
-import time
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rodimus_lab.data import IGNORED, BlockLoader, DeviceBatches, TokenBlocks, eval_batches
+from rodimus_lab.data import IGNORED, BlockLoader, TokenBlocks, eval_batches
 from rodimus_lab.errors import UserError
 
 LENGTHS = (100, 1, 37, 250, 12)
@@ -182,50 +180,3 @@ def test_a_split_shorter_than_a_block_is_an_error(prepared):
         TokenBlocks(prepared, "train", 400)
     assert len(TokenBlocks(prepared, "train", 399)) == 1
     assert len(TokenBlocks(prepared, "train", 400, keep_tail=True)) == 1
-
-
-def test_reading_ahead_gives_the_same_batches_and_states(blocks):
-    plain = BlockLoader(blocks, 4, seed=2)
-    states = []
-    with DeviceBatches(BlockLoader(blocks, 4, seed=2), "cpu", depth=5) as ahead:
-        assert ahead.state_dict() == plain.state_dict()
-        for _ in range(40):
-            assert equal([next(ahead)], [next(plain)])
-            time.sleep(0.001)
-            assert ahead.state_dict() == plain.state_dict()
-            states.append(ahead.state_dict())
-    resumed = BlockLoader(blocks, 4, seed=2)
-    resumed.load_state_dict(states[-1])
-    assert equal(take(resumed, 5), take(plain, 5))
-
-
-def test_reading_ahead_hands_on_the_reader_s_error_and_ends(blocks):
-    loader = BlockLoader(blocks, 4, seed=2)
-    batches = take(loader, 2)
-
-    class Failing:
-        def __next__(self):
-            if not batches:
-                raise UserError("the shard went away")
-            return batches.pop()
-
-        def state_dict(self):
-            return {}
-
-    with DeviceBatches(Failing(), "cpu") as ahead:
-        take(ahead, 2)
-        with pytest.raises(UserError, match="the shard went away"):
-            next(ahead)
-        with pytest.raises(StopIteration):
-            next(ahead)
-    assert not ahead._thread.is_alive()
-
-
-@pytest.mark.gpu
-def test_reading_ahead_puts_batches_on_the_device(blocks):
-    plain = BlockLoader(blocks, 4, seed=2)
-    with DeviceBatches(BlockLoader(blocks, 4, seed=2), "cuda") as ahead:
-        for _ in range(10):
-            inputs_BT, targets_BT = next(ahead)
-            assert inputs_BT.device.type == "cuda"
-            assert equal([(inputs_BT.cpu(), targets_BT.cpu())], [next(plain)])
