@@ -103,17 +103,31 @@ class Table:
 
     @cached_property
     def headers(self) -> tuple[str, ...]:
-        """Column names, with the source of the numbers below them: the paper, or corpus and budget."""
+        """Column names, with the source of the numbers below them: the paper, or a corpus and budget with the number of
+        the setting that `settings` spells out."""
         headers = []
         for index, column in enumerate(self.columns):
             first = next(iter(self._given(index)), None)
             if first is None or not first.source:
                 headers.append(column.name)
             elif first.source == "measured":
-                headers.append(f"{column.name} ({', '.join(self._conditions(first, device=column.per_device))})")
+                conditions = self._conditions(first, device=column.per_device)
+                corpus = f"{first.corpus}{' stand-in' if self._stands_in(first) else ''}"
+                short = ", ".join(filter(None, [corpus, (first.budget or "").partition(" ")[0]]))
+                headers.append(f"{column.name} ({short} #{self.settings[', '.join(conditions)]})")
             else:
                 headers.append(f"{column.name} ({first.source})")
         return tuple(headers)
+
+    @cached_property
+    def settings(self) -> dict[str, int]:
+        """What the numbers of a measured column share -> its number, in reading order."""
+        texts: dict[str, int] = {}
+        for index, column in enumerate(self.columns):
+            first = next(iter(self._given(index)), None)
+            if first is not None and first.source == "measured":
+                texts.setdefault(", ".join(self._conditions(first, device=column.per_device)), len(texts) + 1)
+        return texts
 
     @cached_property
     def marks(self) -> tuple[tuple[Mark, ...], ...]:
@@ -143,14 +157,15 @@ class Table:
         """Where this very number is from; empty where the header says it all."""
         parts = []
         if cell.source == "measured" and cell.value is not None:
-            parts = [*self._conditions(cell, device=True), f"run{'s' if cell.count > 1 else ''} {cell.run_id}"]
-        return "; ".join(filter(None, [", ".join(parts), cell.note]))
+            parts = [cell.device or "", f"run{'s' if cell.count > 1 else ''} {cell.run_id}"]
+        return "; ".join(filter(None, [", ".join(filter(None, parts)), cell.note]))
 
     @property
     def closing_notes(self) -> tuple[str, ...]:
-        """The table's own notes, and a word on the paper's numbers where there are any."""
+        """The table's own notes, a word on the paper's numbers where there are any, and every setting in full."""
         quoted = any(cell.source == "paper" and cell.value is not None for row in self.rows for cell in row)
-        return (*self.notes, *(["Columns marked (paper) are quoted from the paper."] if quoted else []))
+        settings = [f"#{number}: {text}." for text, number in self.settings.items()]
+        return (*self.notes, *(["Columns marked (paper) are quoted from the paper."] if quoted else []), *settings)
 
     def _given(self, index: int) -> list[Cell]:
         return [row[index] for row in self.rows if row[index].value is not None]
@@ -160,10 +175,12 @@ class Table:
             return (cell.source,)
         return (cell.source, cell.corpus, cell.tokenizer, cell.budget, cell.device if column.per_device else None)
 
+    def _stands_in(self, cell: Cell) -> bool:
+        return self.paper_corpus is not None and cell.corpus != self.paper_corpus
+
     def _conditions(self, cell: Cell, *, device: bool) -> list[str]:
-        stand_in = self.paper_corpus is not None and cell.corpus != self.paper_corpus
         parts = [
-            f"{cell.corpus} standing in for {self.paper_corpus}" if stand_in else cell.corpus,
+            f"{cell.corpus} standing in for {self.paper_corpus}" if self._stands_in(cell) else cell.corpus,
             cell.tokenizer and f"{cell.tokenizer} tokens",
             cell.budget,
             cell.device if device else None,

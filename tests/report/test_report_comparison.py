@@ -77,11 +77,16 @@ def test_corpora_and_budgets_have_their_own_columns():
     assert table.headers == (
         "Model",
         "Test PPL (paper)",
-        "Test PPL (wikitext-103, gpt2 tokens, paper budget 25,000 steps, batch 256)",
-        "Test PPL (wikitext-103, gpt2 tokens, short budget 1,500 of 25,000 steps, batch 256)",
-        "Test PPL (enwiki-25k standing in for wikitext-103, gpt2 tokens, "
-        "short budget 1,500 of 25,000 steps, batch 256)",
+        "Test PPL (wikitext-103, paper #1)",
+        "Test PPL (wikitext-103, short #2)",
+        "Test PPL (enwiki-25k stand-in, short #3)",
     )
+    short = "gpt2 tokens, short budget 1,500 of 25,000 steps, batch 256"
+    assert list(table.settings) == [
+        "wikitext-103, gpt2 tokens, paper budget 25,000 steps, batch 256",
+        f"wikitext-103, {short}",
+        f"enwiki-25k standing in for wikitext-103, {short}",
+    ]
     assert texts(table) == [
         ["rodimus", "21.90", "22.00", "29.00", "30.00"],
         ["rodimus+", "21.56", "—", "29.50", "—"],
@@ -151,7 +156,7 @@ def test_several_metrics_scales_and_given_columns():
         ],
         given={"Formula": lambda names: Cell(len(names[0]), source="computed")},
     )
-    condition = "wikitext-103, gpt2 tokens, short budget 1,500 of 25,000 steps, batch 256"
+    condition = "wikitext-103, short #1"
     assert table.headers == (
         "Model",
         "Formula (computed)",
@@ -187,7 +192,8 @@ def test_devices_are_kept_apart_where_asked():
     runs = [record("rodimus", 1.0), record("rodimus", 1.0, seed=1, device="cpu")]
     assert len(compare(runs).columns) == 3
     table = compare(runs, per_device=True)
-    assert [header.rsplit(", ", 1)[1] for header in table.headers[2:]] == ["NVIDIA H200)", "cpu)"]
+    assert [setting.rsplit(", ", 1)[1] for setting in table.settings] == ["NVIDIA H200", "cpu"]
+    assert [header[-3:] for header in table.headers[2:]] == ["#1)", "#2)"]
 
 
 def test_a_run_that_stopped_early_says_so():

@@ -58,7 +58,7 @@ def test_markdown_in_full():
         "",
         "Lower is better.",
         "",
-        f"| Model | Test PPL (paper) | Test PPL ({condition}) |",
+        "| Model | Test PPL (paper) | Test PPL (enwiki-25k stand-in, short #1) |",
         "|---|---:|---:|",
         "| rodimus | <ins>21.90</ins> | **23.10** [a] |",
         "| rodimus+ | **21.56** | **23.10** [b] |",
@@ -69,26 +69,30 @@ def test_markdown_in_full():
         "",
         "Columns marked (paper) are quoted from the paper.",
         "",
-        f"- [a] {condition}, NVIDIA H200, run rodimus-1a2b3c4d",
-        f"- [b] {condition}, NVIDIA H200, run rodimus_plus-5e6f7a8b",
-        f"- [c] {condition}, NVIDIA H200, runs gla-1; gla-2",
+        f"#1: {condition}.",
+        "",
+        "- [a] NVIDIA H200, run rodimus-1a2b3c4d",
+        "- [b] NVIDIA H200, run rodimus_plus-5e6f7a8b",
+        "- [c] NVIDIA H200, runs gla-1; gla-2",
     ]
 
 
 def test_every_writer_labels_stand_in_and_budget():
     for text in (to_markdown(example()), to_latex(example())):
-        assert text.count("enwiki-25k standing in for wikitext-103") == 4
-        assert text.count("1,500 of 25,000 steps") == 4
+        assert text.count("enwiki-25k stand-in, short") == 1
+        assert text.count("1: enwiki-25k standing in for wikitext-103, short budget 1,500 of 25,000 steps") == 1
         for run in ("rodimus-1a2b3c4d", "5e6f7a8b", "gla-1; gla-2"):
             assert text.count(run) == 1
         assert "(paper)" in text
-    assert "standing in" not in to_markdown(Table("t", COLUMNS, example().rows, paper_corpus="enwiki-25k"))
+    genuine = to_markdown(Table("t", COLUMNS, example().rows, paper_corpus="enwiki-25k"))
+    assert "standing in" not in genuine
+    assert "stand-in" not in genuine
 
 
 def test_csv_holds_every_digit_and_its_provenance():
     rows = list(csv.DictReader(io.StringIO(to_csv(example()))))
     paper, ours = "Test PPL (paper)", example().headers[2]
-    assert "standing in for wikitext-103" in ours
+    assert "enwiki-25k stand-in" in ours
     assert rows[0][paper] == "21.90"
     assert rows[0][f"{paper}: source"] == "paper"
     assert rows[0][ours] == "23.1049"
@@ -147,7 +151,8 @@ def test_devices_mix_in_perplexities_and_not_in_speeds():
     Table("t", [Column("PPL")], rows)
     with pytest.raises(ValueError, match="mixes"):
         Table("t", [Column("tokens/s", per_device=True)], rows)
-    assert "NVIDIA H200)" in Table("t", [Column("tokens/s", per_device=True)], rows[:1]).headers[0]
+    speeds = Table("t", [Column("tokens/s", per_device=True)], rows[:1])
+    assert any(setting.endswith("NVIDIA H200") for setting in speeds.settings)
 
 
 @pytest.mark.parametrize("field", ["run_id", "corpus", "budget"])
