@@ -1,0 +1,53 @@
+# Every target sets up .venv by itself, once. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LAB := $(BIN)/rodimus-lab
+EXTRAS := data,kernels,train,dev
+MODEL ?= rodimus
+RUN_FLAGS := $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-gpu lint wikitext103 tables bench doctor clean
+
+help: ## list the targets
+	@echo "Targets (options in capitals, such as MODEL=rodimus BUDGET=short CORPUS=enwiki-25k):"
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | awk -F '\t' '{printf "  %-14s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed ## make .venv with everything that the other targets need
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; give another with PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+test: setup ## run every test (those that need a GPU are skipped without one)
+	$(BIN)/python -m pytest
+
+test-gpu: setup ## run only the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wikitext103: setup ## train MODEL at Table 1's configuration and rebuild Table 1 [MODEL BUDGET CORPUS STEPS SEED]
+	$(LAB) wikitext103 --model $(MODEL) $(RUN_FLAGS)
+
+tables: setup ## rebuild every table from the run records
+	$(LAB) report
+
+bench: setup ## measure this machine: data, loss, operators, training
+	$(LAB) bench data
+	$(LAB) bench loss
+	$(LAB) bench ops
+	$(LAB) bench train
+
+doctor: setup ## say what is installed and what each operator would run on
+	$(LAB) doctor
+
+clean: ## remove the environment, caches and token shards; records and checkpoints stay
+	rm -rf $(VENV) data_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
