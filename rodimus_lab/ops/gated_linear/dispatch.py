@@ -6,6 +6,7 @@ Shapes: B batch, T time, H heads, K key width (the paper's n), V value width (th
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ def gated_linear(
         "beta": log_beta_BTHV is not None,
         "packed": segments is not None,
         "dtype": v_BTHV.dtype,
+        "key_width": key_width,
     }
     run = choose("gated_linear", backend, facts).run
     o_BTHV, state_BHKV = run(
@@ -98,6 +100,24 @@ def _fla_why_not(device: str, beta: bool, packed: bool, dtype: torch.dtype, **_:
     return None
 
 
+def _triton(*arguments: Any) -> Any:
+    from rodimus_lab.ops.gated_linear.triton import fused
+
+    return fused(*arguments)
+
+
+def _triton_why_not(device: str, beta: bool, dtype: torch.dtype, key_width: int, **_: Any) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'rodimus-lab[kernels]')"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "triton needs a CUDA device (or TRITON_INTERPRET=1, which is for tests)"
+    if beta:
+        return "it has no value gate beta"
+    if dtype == torch.float64:
+        return "it has no float64"
+    return None if key_width <= 256 else f"the key width {key_width} is over 256"
+
+
 def _one_step(length: int, **_: Any) -> str | None:
     return None if length == 1 else "it is for one token at a time"
 
@@ -106,6 +126,7 @@ declare(
     "gated_linear",
     Backend("step", naive, _one_step),
     Backend("chunked", chunked),
+    Backend("triton", _triton, _triton_why_not),
     Backend("fla", _fla, _fla_why_not),
     Backend("naive", naive),
     example={"length": 512, "beta": False, "packed": False, "dtype": torch.bfloat16, "key_width": 64},
