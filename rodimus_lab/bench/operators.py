@@ -1,0 +1,184 @@
+"""`bench ops`: the operators' backends, forward and forward + backward, beside the memory floor.
+
+The shapes on CUDA are those of the 1.3B configuration and of WikiText-103; on a CPU they are small.
+
+Shapes: B batch, T time, H query heads, G key heads, J value heads, K key width, V value width, D channels, W taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from rodimus_lab.bench.measure import copy_rate
+from rodimus_lab.bench.race import Problem, Tensors, race
+from rodimus_lab.bench.result import AsJson, Column, Device, Repeats, Result, Row, app, show, surroundings
+from rodimus_lab.nn.heads import HeadKind, HeadSharing
+from rodimus_lab.ops import attention, gated_linear, short_conv
+from rodimus_lab.registry import Registry
+from rodimus_lab.train.distributed import session
+
+LAST = slice(-1, None)
+SAMPLED_COLUMNS = slice(-64, None)
+
+
+class Scene(NamedTuple):
+    """Where an operator is measured. `batch` and `length` replace those of every shape."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int | None = None
+    length: int | None = None
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def size(self, batch: int, length: int) -> tuple[int, int]:
+        return self.batch or batch, self.length or length
+
+    def draw(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(*shape, device=self.device).to(dtype or self.dtype)
+
+
+Cases = Callable[[Scene], Iterator[Problem]]
+CASES: Registry[Cases] = Registry("operator benchmark")
+COLUMNS = (
+    Column("operator", "operator"),
+    Column("case", "case"),
+    Column("backend", "backend"),
+    Column("forward_seconds", "forward ms", 1e3, 3),
+    Column("forward_over_floor", "x floor", 1, 1),
+    Column("both_seconds", "fwd+bwd ms", 1e3, 3),
+    Column("both_over_floor", "x floor", 1, 1),
+    Column("peak_bytes", "peak MB", 1e-6, 1),
+    Column("relative_error", "error 1e-6", 1e6, 1),
+)
+
+
+@CASES.register("gated_linear")
+def gated_linear_cases(scene: Scene) -> Iterator[Problem]:
+    shapes = [(8, 4096, 64, 4096), (4, 2048, 64, 4096), (128, 512, 32, 1024)] if scene.cuda else [(1, 512, 32, 1024)]
+    for batch, length, key_width, value_width in shapes:
+        yield _gated_linear(scene, *scene.size(batch, length), key_width, value_width)
+
+
+def _gated_linear(scene: Scene, B: int, T: int, K: int, V: int) -> Problem:
+    """One head, as Rodimus has it: keys of unit length, log-gates around -0.03."""
+    inputs = {
+        "q": scene.draw(B, T, 1, K),
+        "k": F.normalize(scene.draw(B, T, 1, K, dtype=torch.float32), dim=-1).to(scene.dtype),
+        "v": scene.draw(B, T, 1, V),
+        "log_alpha": -F.softplus(scene.draw(B, T, 1, K, dtype=torch.float32) - 3.5),
+    }
+
+    def run(x: Tensors, backend: str) -> Tensor:
+        return gated_linear(x["q"], x["k"], x["v"], x["log_alpha"], scale=K**-0.5, backend=backend)[0]
+
+    columns = (LAST, slice(None), slice(None), SAMPLED_COLUMNS)
+    return Problem(
+        operator="gated_linear",
+        case=f"B{B} T{T} n{K} m{V}",
+        shape={"batch": B, "length": T, "heads": 1, "key_width": K, "value_width": V},
+        inputs=inputs,
+        run=run,
+        definition=lambda x: run(x, "naive"),
+        output=torch.empty_like(inputs["v"], device="meta"),
+        sample={"q": (LAST,), "k": (LAST,), "log_alpha": (LAST,), "v": columns},
+        sample_output=columns,
+        unmeasured={"naive": "the definition, a step at a time: too much memory at this size"} if scene.cuda else {},
+        compilable=frozenset({"chunked"}),
+    )
+
+
+@CASES.register("attention")
+def attention_cases(scene: Scene) -> Iterator[Problem]:
+    """Transformer++'s heads of 64 with every sharing, full; then Rodimus+'s heads of 128, windowed."""
+    B, T = scene.size(*((8, 4096) if scene.cuda else (1, 512)))
+    H, K = (32, 64) if scene.cuda else (4, 64)
+    for kind in get_args(HeadKind):
+        yield _attention(scene, B, T, kind, HeadSharing.of(kind, H, groups=H // 4), K, None)
+    yield _attention(scene, B, T, "ska", HeadSharing.of("ska", H * K // 128), 128, max(1, T // 2))
+
+
+def _attention(scene: Scene, B: int, T: int, kind: str, heads: HeadSharing, K: int, window: int | None) -> Problem:
+    inputs = {
+        "q": scene.draw(B, T, heads.num_heads, K),
+        "k": scene.draw(B, T, heads.num_key_heads, K),
+        "v": scene.draw(B, T, heads.num_value_heads, K),
+    }
+
+    def run(x: Tensors, backend: str) -> Tensor:
+        return attention(x["q"], x["k"], x["v"], window=window, backend=backend)[0]
+
+    return Problem(
+        operator="attention",
+        case=f"{kind} B{B} T{T} H{heads.num_heads}x{K}" + ("" if window is None else f" window {window}"),
+        shape={"batch": B, "length": T, "head_width": K, "window": window or T} | heads.to_dict(),
+        inputs=inputs,
+        run=run,
+        definition=lambda x: run(x, "naive"),
+        output=torch.empty_like(inputs["q"], device="meta"),
+        sample=dict.fromkeys(inputs, (LAST,)),
+        sample_output=(LAST,),
+    )
+
+
+@CASES.register("short_conv")
+def short_conv_cases(scene: Scene) -> Iterator[Problem]:
+    B, T = scene.size(*((8, 4096) if scene.cuda else (1, 512)))
+    D, W = (4096 if scene.cuda else 1024), 4
+    inputs = {"x": scene.draw(B, T, D), "weight": scene.draw(D, W), "bias": scene.draw(D)}
+
+    def run(x: Tensors, backend: str) -> Tensor:
+        return short_conv(x["x"], x["weight"], x["bias"], backend=backend)[0]
+
+    yield Problem(
+        operator="short_conv",
+        case=f"B{B} T{T} D{D} W{W}",
+        shape={"batch": B, "length": T, "channels": D, "taps": W},
+        inputs=inputs,
+        run=run,
+        definition=lambda x: run(x, "taps"),
+        output=torch.empty_like(inputs["x"], device="meta"),
+        compilable=frozenset({"taps"}),
+    )
+
+
+def measure(scene: Scene, operators: list[str], repeats: int, compile: bool) -> tuple[list[Row], float]:
+    """The rows of `race` for every case of the operators, and the copy rate of the floors in bytes a second."""
+    rate = copy_rate(scene.device)
+    rows = [
+        row
+        for operator in operators
+        for problem in CASES[operator](scene)
+        for row in race(problem, repeats, rate, compile=compile)
+    ]
+    return rows, rate
+
+
+@app.command()
+def ops(
+    only: Annotated[list[str] | None, typer.Option(help=f"one of {', '.join(CASES)}; by default all")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="instead of each shape's own")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="instead of each shape's own")] = None,
+    compile: Annotated[bool | None, typer.Option(help="also under torch.compile; by default on CUDA only")] = None,
+    repeats: Repeats = 10,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time the operators' backends, each checked against the definition first."""
+    operators = [CASES.canonical(name) for name in only] if only else list(CASES)
+    with session(device) as world:
+        dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+        scene = Scene(world.device, dtype, batch, length)
+        torch.manual_seed(0)
+        facts = surroundings(world)
+        rows, rate = measure(scene, operators, repeats, scene.cuda if compile is None else compile)
+    settings = {"dtype": str(dtype).removeprefix("torch."), "repeats": repeats, "copy_bytes_per_second": round(rate)}
+    show(Result("ops", settings, rows, facts), COLUMNS, as_json)

@@ -1,0 +1,168 @@
+"""The backends of one operator on one problem: each checked against the definition first, then timed.
+
+A backend whose output or gradients are wrong gets no time. The check runs the backend at full size, but with an output
+gradient that is zero outside a sample; only the sample is computed by the definition, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rodimus_lab.bench.measure import median_seconds, peak_bytes
+from rodimus_lab.bench.result import Row
+from rodimus_lab.errors import UserError
+from rodimus_lab.ops.backend import OPERATORS, survey
+
+Tensors = Mapping[str, Tensor]
+Part = tuple[slice, ...]
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
+WHOLE: Part = ()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operator at one shape.
+
+    `run(inputs, backend)` is the call; `definition(inputs)` its slow, certain twin. `sample` says which part of an
+    input decides the part `sample_output` of the output (an input that is not named is needed whole). `output` is a
+    meta tensor like the output. `unmeasured` names backends that are left out at this size and says why;
+    `compilable` those that torch.compile may fuse.
+    """
+
+    operator: str
+    case: str
+    shape: Mapping[str, int | str]
+    inputs: Tensors
+    run: Callable[[Tensors, str], Tensor]
+    definition: Callable[[Tensors], Tensor]
+    output: Tensor
+    sample: Mapping[str, Part] = field(default_factory=dict)
+    sample_output: Part = WHOLE
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
+    compilable: frozenset[str] = frozenset()
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.inputs.values())).device
+
+
+def race(problem: Problem, repeats: int, bytes_per_second: float, *, compile: bool = False) -> list[Row]:
+    """One row a backend: seconds of the forward pass (without gradients) and of forward and backward, their ratio to
+    the memory floor, the peak of memory, and `relative_error`, the largest relative error of output and gradients.
+
+    The floor reads each input and writes the output once; the backward pass reads both again, the output's gradient
+    in place of the output, and writes each input's gradient.
+    """
+    expected = _Expected(problem)
+    read = sum(x.numel() * x.element_size() for x in problem.inputs.values())
+    written = problem.output.numel() * problem.output.element_size()
+    floors = (read + written) / bytes_per_second, (3 * read + 2 * written) / bytes_per_second
+    rows = []
+    for backend in OPERATORS[problem.operator]:
+        for compiled in [False] + [True] * (compile and backend.name in problem.compilable):
+            row: Row = {
+                "operator": problem.operator,
+                "case": problem.case,
+                "shape": dict(problem.shape),
+                "backend": backend.name + " (compiled)" * compiled,
+                "dtype": str(next(iter(problem.inputs.values())).dtype).removeprefix("torch."),
+            }
+            reason = survey(problem.operator, problem.device.type)[backend.name]
+            try:
+                if reason:
+                    row["note"] = f"cannot run: {reason}"
+                elif backend.name in problem.unmeasured:
+                    row["note"] = f"left out: {problem.unmeasured[backend.name]}"
+                else:
+                    row |= _measure(problem, backend.name, expected, repeats, floors, compiled)
+            except UserError as error:
+                row["note"] = f"cannot run: {error}"
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                row["note"] = "out of memory"
+            except RuntimeError as error:
+                row["note"] = f"failed: {str(error).splitlines()[0]}"
+            rows.append(row)
+    return rows
+
+
+def _measure(
+    problem: Problem, backend: str, expected: _Expected, repeats: int, floors: tuple[float, float], compiled: bool
+) -> Row:
+    def call(inputs: Tensors) -> Tensor:
+        return problem.run(inputs, backend)
+
+    run = torch.compile(call, dynamic=False) if compiled else call
+    error, where = expected.error(run)
+    if not error <= expected.tolerance:  # NaN is no pass.
+        return {
+            "relative_error": error if math.isfinite(error) else None,
+            "note": f"wrong at {problem.case}: {where} is off by {error:.1e}; it gets no time",
+        }
+    leaves = {name: x.detach().requires_grad_() for name, x in problem.inputs.items()}
+    cotangent = torch.ones_like(problem.output, device=problem.device)
+
+    def forward() -> None:
+        with torch.no_grad():
+            run(problem.inputs)
+
+    def both() -> None:
+        torch.autograd.grad(run(leaves), list(leaves.values()), cotangent)
+
+    times = [median_seconds(each, problem.device, repeats) for each in (forward, both)]
+    return {
+        "relative_error": error,
+        "forward_seconds": times[0],
+        "both_seconds": times[1],
+        "forward_over_floor": times[0] / floors[0],
+        "both_over_floor": times[1] / floors[1],
+        "forward_peak_bytes": peak_bytes(forward, problem.device),
+        "peak_bytes": peak_bytes(both, problem.device),
+    }
+
+
+class _Expected:
+    """Output and gradients of the sample by the definition."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.tolerance = TOLERANCE[next(iter(problem.inputs.values())).dtype]
+        self._parts = [problem.sample.get(name, WHOLE) for name in problem.inputs]
+        self._drawn = torch.randn(problem.output[problem.sample_output].shape, device=problem.device)
+        self._values = _output_and_gradients(
+            problem.definition,
+            {name: problem.inputs[name][part].double() for name, part in zip(problem.inputs, self._parts, strict=True)},
+            self._drawn,
+        )
+
+    def error(self, run: Callable[[Tensors], Tensor]) -> tuple[float, str]:
+        """The largest relative error, |a - b| / |b| over all elements, and what it is of."""
+        problem = self.problem
+        cotangent = torch.zeros_like(problem.output, device=problem.device)
+        cotangent[problem.sample_output] = self._drawn.to(cotangent.dtype)
+        values = _output_and_gradients(run, problem.inputs, cotangent)
+        parts = [problem.sample_output, *self._parts]
+        names = ["the output", *(f"the gradient of {name}" for name in problem.inputs)]
+        return max(
+            (_relative_error(value[part], expected), name)
+            for value, part, expected, name in zip(values, parts, self._values, names, strict=True)
+        )
+
+
+def _output_and_gradients(run: Callable[[Tensors], Tensor], inputs: Tensors, cotangent: Tensor) -> list[Tensor]:
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    output = run(leaves)
+    gradients = torch.autograd.grad(output, list(leaves.values()), cotangent.to(output.dtype))
+    return [output.detach(), *gradients]
+
+
+def _relative_error(value: Tensor, expected: Tensor) -> float:
+    if value.shape != expected.shape:
+        return math.inf
+    error = ((value.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)).item()
+    return math.inf if math.isnan(error) else error
