@@ -7,8 +7,12 @@ is 0 (the published model code has none; its training lineage used 0.1).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
 
 from rodimus_lab.data import padded_vocab_size
+from rodimus_lab.errors import UserError
 from rodimus_lab.experiment import BudgetName, choose_budget, experiment, report, shrink
 from rodimus_lab.nn.zoo import model_config, slug
 from rodimus_lab.recipe import BudgetConfig, DataConfig, OptimizerConfig, Recipe, ScheduleConfig
@@ -27,9 +31,9 @@ def wikitext103(
     model: str = "rodimus",
     budget: BudgetName | None = None,
     corpus: str | None = None,
-    steps: int | None = None,
-    dropout: float = 0.0,
-    seed: int = 0,
+    steps: Annotated[int | None, Field(ge=1)] = None,
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+    seed: Annotated[int, Field(ge=0)] = 0,
 ) -> Sequence[Recipe]:
     """Train one model at Table 1's configuration and measure its perplexity.
 
@@ -48,8 +52,12 @@ def wikitext103(
         data = DataConfig(corpus=corpus or "wikitext-103", tokenizer="gpt2", seq_len=512)
         size, rates, schedule = "wikitext103", OptimizerConfig(), ScheduleConfig()
         spent = BudgetConfig(name="paper", steps=PAPER_STEPS, batch_size=256, paper_steps=PAPER_STEPS)
-        if name == "short" or steps is not None:
-            spent, schedule = shrink(spent, schedule, steps or SHORT_STEPS)
+        if steps is None:
+            steps = SHORT_STEPS if name == "short" else PAPER_STEPS
+        if steps > PAPER_STEPS:
+            raise UserError(f"--steps: {steps:,} is more than the paper's {PAPER_STEPS:,}; give at most these")
+        if steps < PAPER_STEPS:
+            spent, schedule = shrink(spent, schedule, steps)
     architecture = model_config(model, size=size, vocab_size=padded_vocab_size(data.tokenizer), dropout=dropout)
     return [
         Recipe(

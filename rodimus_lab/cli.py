@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from rodimus_lab.data import describe, list_corpora, padded_vocab_size, prepare
-from rodimus_lab.doctor import Fact, examine
+from rodimus_lab.config import did_you_mean
+from rodimus_lab.data import describe, list_corpora, load_tokenizer, padded_vocab_size, prepare
+from rodimus_lab.doctor import examine
 from rodimus_lab.errors import UserError
 from rodimus_lab.experiment import EXPERIMENTS, REPORTS, Experiment, choose_budget
-from rodimus_lab.generate import Sampling, stream
+from rodimus_lab.generate import Sampling, stream, stream_text
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config
 from rodimus_lab.recipe import Recipe
-from rodimus_lab.records import PROJECT_ROOT, load_records, load_unfinished
+from rodimus_lab.records import PROJECT_ROOT, describe_budget, load_records, load_unfinished, tables_root
 from rodimus_lab.registry import load_plugins
 from rodimus_lab.report import PaperResults, runs_json, runs_table, to_markdown, write
-from rodimus_lab.train import TrainOptions, train
-from rodimus_lab.train.distributed import end_process
-from rodimus_lab.train.signals import Interrupted
 from rodimus_lab.weights import load_model
 
-load_plugins()
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -38,90 +39,150 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Corpora, tokenizers and token shards.")
 app.add_typer(data_app, name="data")
-console = Console(highlight=False, markup=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-TABLES = PROJECT_ROOT / "results" / "tables"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+DeviceName = Literal["cpu", "cuda"]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
     """Run the command line; what a user can mend ends in one sentence and exit code 2."""
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="replace")  # A terminal that cannot show a character is no reason to stop.
     try:
-        code = app(standalone_mode=False)
-    except Interrupted as stop:
-        _complain(stop)
-        code = stop.exit_code
-    except (UserError, OSError) as error:
-        _complain(error)
+        add_experiments()
+        code = app(prog_name="rodimus-lab", standalone_mode=False)
+    except UserError as error:
+        print(f"error: {error}" if error.exit_code == 2 else error, file=sys.stderr)
+        code = error.exit_code
+    except OSError as error:
+        print(f"error: {_os_sentence(error)}", file=sys.stderr)
         code = 2
     except CLICK_ERROR as error:
         if type(error).__name__ != "NoArgsIsHelpError":
-            _complain(error.format_message())
+            print(f"error: {_usage_sentence(error)}", file=sys.stderr)
         code = 2
     except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; the same command goes on with what was finished", file=sys.stderr)
         code = 130
     code = code if isinstance(code, int) else 0
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from rodimus_lab.train.distributed import end_process
+
         end_process(code)
     sys.exit(code)
 
 
-def _complain(error: object) -> None:
-    print(f"error: {error}", file=sys.stderr)
+def _os_sentence(error: OSError) -> str:
+    place = f"cannot use {error.filename}" if error.filename else "a file cannot be written or read"
+    mend = "free the disk" if error.errno in NO_ROOM else "check that it is there and that you may use it"
+    return f"{place} ({(error.strerror or str(error)).lower()}); {mend}"
 
 
-RunOptions = [
-    ("device", str | None, None, "cpu or cuda; by default cuda where there is one"),
-    ("micro_batch_size", int | None, None, "sequences at a time; by default as many as suit the device"),
-    ("compile", bool | None, None, "compile the model's blocks; by default on CUDA only"),
-    ("checkpoint_every", int, 1000, "steps between checkpoints"),
-    ("tensorboard", bool, False, "write TensorBoard event files beside the checkpoints"),
-    ("resume", bool, True, "go on from the last checkpoint of an unfinished run"),
-    ("stop_at_step", int | None, None, "end this session at a step, with a checkpoint"),
-    ("max_seconds", float | None, None, "end this session after so many seconds, with a checkpoint"),
-]
+def _usage_sentence(error: Any) -> str:
+    """A complaint of the parser, with the names that would have been right and where to read more."""
+    text = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
+    text = text[0].lower() + text[1:]
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return text
+    if text.startswith("no such command"):
+        text += did_you_mean(text.split("'")[1], context.command.commands)
+    return f"{text}; see {context.command_path} --help"
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"rodimus-lab {version('rodimus-lab')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+RUN_OPTIONS = (
+    ("device", DeviceName | None, None, "Default: cuda where there is one."),
+    ("micro_batch_size", int | None, None, "Sequences at a time. Default: as many as suit the device."),
+    ("compile", bool | None, None, "Compile the model's blocks. Default: on CUDA only."),
+    ("checkpoint_every", int, 1000, "Steps between checkpoints."),
+    ("tensorboard", bool, False, "Write TensorBoard event files beside the checkpoints."),
+    ("resume", bool, True, "Go on from the last checkpoint of an unfinished run."),
+    ("stop_at_step", int | None, None, "End this session at a step, with a checkpoint."),
+    ("max_seconds", float | None, None, "End this session after so many seconds, with a checkpoint."),
+)
+OPTION_HELP = {
+    "budget": "The paper's; a stated fraction of its steps; or minutes on a CPU. "
+    "Default: paper with a GPU, smoke without.",
+    "corpus": "A corpus by name, or a file or folder of text; see rodimus-lab data list. "
+    "Default: wikitext-103, or pydoc at the smoke budget.",
+    "steps": "Train this many steps, warm-up and evaluations in proportion.",
+    "dropout": "From 0 up to, but not with, 1.",
+    "seed": "Of the weights and of the order of the data.",
+}
+
+
+@cache
+def add_experiments() -> None:
+    """Make a command of every registered experiment."""
+    load_plugins()
+    for name in EXPERIMENTS:
+        app.command(name, rich_help_panel="Experiments")(_command_of(EXPERIMENTS[name]))
 
 
 def _command_of(experiment: Experiment) -> Callable[..., None]:
     """The CLI command of an experiment: its own options, then those of running anything."""
-    own = list(inspect.signature(experiment.recipes, eval_str=True).parameters.values())
+    own = experiment.options
 
     def command(**values: Any) -> None:
-        options = {p.name: values[p.name] for p in own}
+        options = {name: values.pop(name) for name in own}
         if "budget" in options:
             options["budget"], why = choose_budget(options["budget"])
             console.print(f"budget: {options['budget']} ({why})")
-        run = TrainOptions(**{name: values[name] for name, *_ in RunOptions})
-        run_all(experiment.recipes(**options), run)
+        run_all(experiment.recipes(**options), values)
         for name in experiment.reports:
             write_report(name)
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [p.replace(kind=keyword, annotation=_option(p.annotation, p.name)) for p in own]
-    for name, annotation, default, text in RunOptions:
-        option = Annotated[annotation, typer.Option(help=text, rich_help_panel="Running")]  # type: ignore[valid-type]
-        parameters.append(inspect.Parameter(name, keyword, default=default, annotation=option))
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__doc__ = inspect.getdoc(experiment.recipes)
+    parameters = []
+    for name, parameter in own.items():
+        plain = get_args(parameter.annotation)[0] if get_origin(parameter.annotation) is Annotated else None
+        text = f"One of {', '.join(MODELS)}." if name == "model" else OPTION_HELP.get(name)
+        parameters.append(_option(name, plain or parameter.annotation, parameter.default, help=text))
+    command.__doc__ = inspect.getdoc(experiment.function)
+    return _with_run_options(command, parameters)
+
+
+def _with_run_options(command: Callable[..., None], own: Sequence[inspect.Parameter]) -> Callable[..., None]:
+    """`command` with the parameters `own` and `RUN_OPTIONS`, as typer reads them."""
+    running = [
+        _option(name, annotation, default, help=text, rich_help_panel="Running")
+        for name, annotation, default, text in RUN_OPTIONS
+    ]
+    signature = inspect.Signature([*own, *running])
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
     return command
 
 
-def _option(annotation: Any, name: str) -> Any:
-    help_text = {
-        "model": f"one of {', '.join(MODELS)}",
-        "budget": "paper, a stated fraction of it, or minutes on a CPU; by default paper with a GPU, else smoke",
-        "corpus": "a corpus by name, or a folder of text; see `rodimus-lab data list`",
-        "steps": "train this many steps, warm-up and evaluations in proportion",
-    }.get(name)
-    return Annotated[annotation, typer.Option(help=help_text)]
+def _option(name: str, annotation: Any, default: Any, **facts: Any) -> inspect.Parameter:
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=default, annotation=Annotated[annotation, typer.Option(**facts)])
 
 
-def run_all(recipes: Sequence[Recipe], options: TrainOptions) -> None:
-    """Train each recipe (finished ones are skipped) and print what came of it."""
+def run_all(recipes: Sequence[Recipe], options: dict[str, Any]) -> None:
+    """Train each recipe (finished ones are skipped) and print what came of it. `options` are `TrainOptions`'."""
+    from rodimus_lab.train import TrainOptions, train  # Slow to import, and few commands train.
+
     for recipe in recipes:
-        record = train(recipe, options)
-        if not record:
-            continue
+        record = train(recipe, TrainOptions(**options))
         metrics = record["metrics"]
         shown = [
             f"{name.replace('_', ' ')} {metrics[name]:.2f}" for name in ("test_ppl", "valid_ppl") if metrics.get(name)
@@ -129,53 +190,52 @@ def run_all(recipes: Sequence[Recipe], options: TrainOptions) -> None:
         if metrics.get("tokens_per_second"):
             shown.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
         console.print(
-            f"{recipe.id}: {', '.join(shown)} (corpus {recipe.data.corpus}, {recipe.budget.name} budget, "
-            f"{record['device']})",
+            f"{recipe.id}: {', '.join(shown)} (corpus {recipe.data.corpus}, "
+            f"{describe_budget(recipe.budget.to_dict())}, {record['device']})",
         )
 
 
 def write_report(name: str) -> None:
-    """Build a report from all records, write it under results/tables and say where."""
+    """Build a report from all records, write it beside the runs and say where."""
     report = REPORTS[name]
+    if console.quiet:  # Another rank writes it.
+        return
     records = [record for experiment in report.experiments for record in load_records(experiment=experiment)]
     table = report.make(records, PaperResults())
-    paths = write(table, TABLES, name)
+    paths = write(table, tables_root(), name)
     console.print(Markdown(to_markdown(table)))
-    places = ", ".join(str(path.relative_to(PROJECT_ROOT)) for path in paths)
-    console.print(f"written: {places}")
+    console.print(f"written: {', '.join(map(_shown, paths))}")
 
 
-for _name in EXPERIMENTS:
-    app.command(_name)(_command_of(EXPERIMENTS[_name]))
+def _shown(path: Path) -> str:
+    return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
 
 
-@app.command("train")
-def train_recipe(
-    recipe: Annotated[Path, typer.Argument(help="a recipe.json, such as a finished run's")],
-    device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(help="sequences at a time")] = None,
-) -> None:
-    """Train a recipe read from a file."""
-    try:
-        values = json.loads(recipe.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{recipe} is not JSON ({error}); give a recipe.json") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{recipe} holds no recipe; give a recipe.json")
-    run_all([Recipe.from_dict(values)], TrainOptions(device=device, micro_batch_size=micro_batch_size))
+def _train(recipe: Path, **options: Any) -> None:
+    """Train the recipe in a file, such as a finished run's recipe.json."""
+    run_all([Recipe.read(recipe)], options)
 
 
-@app.command()
+_argument = inspect.Parameter(
+    "recipe",
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    annotation=Annotated[Path, typer.Argument(help="A recipe.json.", show_default=False)],
+)
+app.command("train", rich_help_panel="Experiments")(_with_run_options(_train, [_argument]))
+
+
+@app.command(rich_help_panel="Results")
 def report(
-    names: Annotated[list[str] | None, typer.Argument(help="which; by default all")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Such as table1. Default: all.")] = None,
 ) -> None:
     """Rebuild tables from the run records, the paper's numbers beside ours."""
-    for name in names or list(REPORTS):
+    chosen = [REPORTS.canonical(name) for name in names or REPORTS]
+    for name in chosen:
         write_report(name)
 
 
-@app.command()
-def runs(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+@app.command(rich_help_panel="Results")
+def runs(as_json: AsJson = False) -> None:
     """List the runs on disk."""
     records, unfinished = load_records(), load_unfinished()
     if as_json:
@@ -184,12 +244,12 @@ def runs(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = F
         console.print(runs_table(records, unfinished))
 
 
-@app.command()
+@app.command(rich_help_panel="Models")
 def params(
-    name: Annotated[str, typer.Argument(help="a model, such as rodimus")],
-    size: Annotated[str, typer.Option(help=f"one of {', '.join(SIZES)}")] = "wikitext103",
-    vocab_size: Annotated[int | None, typer.Option(help="by default the size's own")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    name: Annotated[str, typer.Argument(help="A model, such as rodimus.")],
+    size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "wikitext103",
+    vocab_size: Annotated[int | None, typer.Option(help="Default: the size's own.", min=2)] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Count a model's parameters, FLOPs and state without building it."""
     import torch
@@ -217,7 +277,7 @@ def params(
         "state_bytes_bf16": config.state_bytes(1, context, torch.bfloat16),
     }
     if as_json:
-        print(json.dumps(facts))
+        print(json.dumps(facts, indent=1))
         return
     console.print(f"{facts['model']} at {size}: {total:,} parameters")
     for kind, count in {"embedding": embedding, **sublayers, "norms and the rest": facts["params_other"]}.items():
@@ -229,9 +289,9 @@ def params(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Say what is installed, which devices there are, and which backend each operator would choose and why."""
-    facts: list[Fact] = examine()
+    facts = examine()
     if as_json:
         print(json.dumps([fact._asdict() for fact in facts], indent=1))
         return
@@ -239,34 +299,32 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
         console.print(f"{fact.topic:<14}{fact.name:<26}{fact.value}")
 
 
-@app.command()
+@app.command(rich_help_panel="Models")
 def generate(
-    run: Annotated[str, typer.Argument(help="a run id, or a folder with model.safetensors")],
-    prompt: Annotated[str, typer.Option(help="the text to continue")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = 0.95,
-    seed: int | None = None,
-    device: str = "cpu",
+    run: Annotated[str, typer.Argument(help="A run id, or a folder with model.safetensors.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.", min=1)] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens.", min=1)] = None,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that reach this probability.")] = 0.95,
+    seed: Annotated[int | None, typer.Option(help="Draw the same text every time.", min=0)] = None,
+    device: Annotated[DeviceName | None, typer.Option(help="Default: cuda where there is one.")] = None,
 ) -> None:
     """Continue a prompt with a trained run."""
-    from rodimus_lab.data import load_tokenizer
+    from rodimus_lab.train.distributed import device_type
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    model, recipe = load_model(run, device=device)
+    model, recipe = load_model(run, device=device_type(device))
     tokenizer = load_tokenizer(recipe.data.tokenizer)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not valid UTF-8; give it in that encoding") from None
     ids = tokenizer.encode(prompt)
-    shown = len(tokenizer.decode(ids))
+    tokens = (next_B[0] for next_B in stream(model, [ids], max_new_tokens, sampling))
     print(prompt, end="", flush=True)
-    for tokens in stream(model, [ids], max_new_tokens, sampling):
-        if tokens[0] == tokenizer.eos_id:
-            break
-        ids.append(tokens[0])
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # A character may take several tokens.
-            print(text[shown:], end="", flush=True)
-            shown = len(text)
+    for text in stream_text(tokenizer, ids, tokens):
+        print(text, end="", flush=True)
     print()
 
 
@@ -274,14 +332,23 @@ def generate(
 def data_list() -> None:
     """Name the corpora and say where each comes from."""
     for name in list_corpora():
-        console.print(f"{name:<14}{describe(name).get('summary', '')}")
+        facts = describe(name)
+        for source in dict.fromkeys(split["source"] for split in facts["splits"].values()):
+            console.print(f"{name:<14}{source}")
+            name = ""
+        console.print(f"{'':<14}{facts['note']}")
 
 
 @data_app.command("prepare")
 def data_prepare(
-    corpus: Annotated[str, typer.Argument(help="a corpus by name, or a folder of txt, jsonl, jsonl.zst or parquet")],
-    tokenizer: Annotated[str | None, typer.Option(help="gpt2, gpt-neox, pydoc-4096 or a tokenizer.json")] = None,
-    workers: Annotated[int | None, typer.Option(help="processes; by default all cores", min=1)] = None,
+    corpus: Annotated[str, typer.Argument(help="A corpus by name, or a folder of txt, jsonl, jsonl.zst or parquet.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="gpt2, gpt-neox, pydoc-4096 or a tokenizer.json. Default: pydoc-4096 for pydoc, gpt2 for all else."
+        ),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes. Default: one a core.", min=1)] = None,
 ) -> None:
     """Tokenise a corpus into memory-mapped shards; what is done already is kept."""
     chosen = tokenizer or ("pydoc-4096" if corpus == "pydoc" else "gpt2")

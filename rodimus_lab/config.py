@@ -86,7 +86,7 @@ class Variant(Config):
             raise ValueError(f"'kind' is missing; one of {', '.join(sorted(cls.family))}")
         if kind == own:
             return handler(values)
-        if kind not in cls.family:
+        if not isinstance(kind, str) or kind not in cls.family:
             raise ValueError(f"unknown kind {kind!r}{did_you_mean(str(kind), cls.family)}")
         return cls.family[kind].model_validate(values)
 

@@ -9,7 +9,7 @@ import torch
 
 from rodimus_lab.data import cache_root, data_root
 from rodimus_lab.ops.backend import OPERATORS, survey
-from rodimus_lab.records import environment, runs_root
+from rodimus_lab.records import environment, runs_root, tables_root
 from rodimus_lab.weights import checkpoints_root
 
 
@@ -43,6 +43,7 @@ def examine() -> list[Fact]:
         "token shards": cache_root(),
         "checkpoints": checkpoints_root(),
         "records": runs_root(),
+        "tables": tables_root(),
     }
     facts += [
         Fact("place", name, str(place) if place else "not set ($RODIMUS_LAB_DATA)") for name, place in places.items()

@@ -2,4 +2,6 @@
 
 
 class UserError(Exception):
-    """Bad input or a missing means: one sentence that names the thing and the mend. The CLI exits with 2."""
+    """Bad input or a missing means: one sentence that names the thing and the mend. The CLI exits with `exit_code`."""
+
+    exit_code = 2

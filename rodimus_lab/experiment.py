@@ -7,12 +7,15 @@ with a default, and gives the recipes to run; it becomes a command of the CLI wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
+from pydantic import ValidationError, validate_call
 
+from rodimus_lab.errors import UserError
 from rodimus_lab.recipe import BudgetConfig, Recipe, ScheduleConfig
 from rodimus_lab.records import Record
 from rodimus_lab.registry import Registry
@@ -26,11 +29,26 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Experiment:
-    """`recipes(**options)` gives the runs; `reports` are the names of the tables that their records feed."""
+    """`function` takes the options and gives the recipes; `reports` are the names of the tables that they feed."""
 
     name: str
-    recipes: MakeRecipes
+    function: MakeRecipes
     reports: tuple[str, ...]
+
+    @property
+    def options(self) -> Mapping[str, inspect.Parameter]:
+        """The options with their types and defaults."""
+        return inspect.signature(self.function, eval_str=True).parameters
+
+    def recipes(self, **options: Any) -> Sequence[Recipe]:
+        """The runs. Raises `UserError` for an option that is unknown, of the wrong type or out of range."""
+        try:
+            return validate_call(self.function)(**options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = "--" + "-".join(map(str, first["loc"])).replace("_", "-")
+            message = first["msg"][0].lower() + first["msg"][1:]
+            raise UserError(f"{option}: {message} (got {first['input']!r})") from None
 
 
 @dataclass(frozen=True)
@@ -76,8 +94,9 @@ def choose_budget(asked: BudgetName | None) -> tuple[BudgetName, str]:
 
 
 def shrink(budget: BudgetConfig, schedule: ScheduleConfig, steps: int) -> tuple[BudgetConfig, ScheduleConfig]:
-    """A budget of fewer steps, told as a fraction of the paper's; warm-up and evaluations shrink in proportion."""
+    """A budget of fewer steps, told as a fraction of the paper's. The warm-up shrinks in
+    proportion; evaluations come a fifth as often as in proportion."""
     share = steps / budget.steps
-    warmup = max(1, round(schedule.warmup_steps * share)) if schedule.warmup_steps else 0
+    warmup = min(max(1, round(schedule.warmup_steps * share)), steps - 1) if schedule.warmup_steps else 0
     eval_every = max(1, min(steps, round(budget.eval_every * share * 5)))
     return budget.replace(name="short", steps=steps, eval_every=eval_every), schedule.replace(warmup_steps=warmup)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rodimus_lab.config import Config
+from rodimus_lab.config import Config, ConfigError
+from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModelConfig
 
 Positive = Annotated[int, Field(ge=1)]
@@ -71,7 +74,7 @@ class Recipe(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     budget: BudgetConfig
     precision: Literal["fp32", "bf16"] = "bf16"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     evaluators: tuple[str, ...] = ("perplexity",)
 
     @model_validator(mode="after")
@@ -82,6 +85,21 @@ class Recipe(Config):
                 "shorten the warm-up"
             )
         return self
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """The recipe in a JSON file. Raises `UserError` naming the file and what is wrong with it."""
+        try:
+            values = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
+            raise UserError(f"cannot read {path} ({reason}); give a run's recipe.json") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path} holds no JSON object; give a run's recipe.json")
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise UserError(f"{path} is not a recipe ({error}); correct it") from None
 
     @property
     def id(self) -> str:

@@ -48,6 +48,11 @@ def runs_root() -> Path:
     return Path(chosen).expanduser() if chosen else PROJECT_ROOT / "results" / "runs"
 
 
+def tables_root() -> Path:
+    """Where reports are written: `tables` beside the runs."""
+    return runs_root().parent / "tables"
+
+
 def canonical_json(value: Any) -> str:
     """Sorted keys, indent 1, trailing newline. Raises `ValueError` for NaN and infinity, which JSON has not."""
     return json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n"

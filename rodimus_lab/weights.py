@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,17 +28,40 @@ def checkpoints_root() -> Path:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file whole or not at all. Raises `UserError` where the disk refuses."""
+    """Write a safetensors file whole or not at all, with a checksum of its tensors among its metadata.
+
+    Raises `UserError` where the disk refuses.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        save_file(tensors, temporary, metadata={"sha256": checksum(tensors)})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}); free the disk or choose another place") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The inverse of `write_tensors`. Raises `SafetensorError` where the file is not what was written."""
+    with safe_open(path, framework="pt") as file:
+        expected = (file.metadata() or {}).get("sha256")
+    tensors = load_file(path)
+    if expected not in (None, checksum(tensors)):
+        raise SafetensorError("it does not match its checksum")
+    return tensors
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of contiguous CPU tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def save_model(directory: Path, weights: Mapping[str, Tensor], recipe: Recipe) -> None:
@@ -75,16 +98,12 @@ def load_model(
     """
     directory = find_model(run, checkpoints_root)
     load_plugins()
-    try:
-        values = json.loads((directory / RECIPE).read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {directory / RECIPE} ({error}); export the run's weights again") from None
-    recipe = Recipe.from_dict(values)
+    recipe = Recipe.read(directory / RECIPE)
     with torch.random.fork_rng(devices=[]):
         model = recipe.model.build()
     try:
-        model.load_state_dict(load_file(directory / MODEL))
+        model.load_state_dict(read_tensors(directory / MODEL))
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{directory / MODEL} is damaged or of another model ({reason}); export it again") from None
+        raise UserError(f"{directory / MODEL} is damaged or of another model ({reason}); train the run again") from None
     return model.to(device).eval(), recipe

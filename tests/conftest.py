@@ -1,6 +1,14 @@
-"""What every test stands on: one thread, one seed, and no GPU test without a GPU."""
+"""What every test stands on: one thread, one seed, no GPU test without a GPU, and the command line in this process."""
 
 from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,3 +27,80 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+class Result(NamedTuple):
+    """What a command line did, as its caller sees it."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_cli(*arguments: object) -> Result:
+    """`rodimus-lab ARGUMENTS` in this process, through the entry point."""
+    from rodimus_lab.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["rodimus-lab", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+    code = end.value.code
+    return Result(code if isinstance(code, int) else 1, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def pydoc_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the corpus `pydoc` prepared in tokens of its own. Tests that write there take a copy."""
+    from rodimus_lab.data import prepare
+
+    cache = tmp_path_factory.mktemp("pydoc") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RODIMUS_LAB_CACHE", str(cache))
+        prepare("pydoc", "pydoc-4096", workers=1, progress=False)
+    return cache
+
+
+@pytest.fixture
+def places(tmp_path: Path, pydoc_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of this test's own for `runs/`, `tables/` and `checkpoints/`; pydoc is prepared, nothing else is."""
+    monkeypatch.setenv("RODIMUS_LAB_CACHE", str(pydoc_cache))
+    monkeypatch.setenv("RODIMUS_LAB_RESULTS", str(tmp_path / "runs"))
+    monkeypatch.setenv("RODIMUS_LAB_CHECKPOINTS", str(tmp_path / "checkpoints"))
+    monkeypatch.delenv("RODIMUS_LAB_DATA", raising=False)
+    return tmp_path
+
+
+class SmokeRun(NamedTuple):
+    """A finished `rodimus-lab wikitext103 --steps 4`: what it said, its id and where it left everything."""
+
+    result: Result
+    id: str
+    root: Path
+
+
+@pytest.fixture(scope="session")
+def finished_smoke_run(tmp_path_factory: pytest.TempPathFactory, pydoc_cache: Path) -> SmokeRun:
+    root = tmp_path_factory.mktemp("smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RODIMUS_LAB_CACHE", str(pydoc_cache))
+        patch.setenv("RODIMUS_LAB_RESULTS", str(root / "runs"))
+        patch.setenv("RODIMUS_LAB_CHECKPOINTS", str(root / "checkpoints"))
+        patch.delenv("RODIMUS_LAB_DATA", raising=False)
+        result = run_cli("wikitext103", "--budget", "smoke", "--steps", 4, "--device", "cpu")
+    (run,) = (root / "runs" / "wikitext103").iterdir()
+    return SmokeRun(result, run.name, root)
+
+
+@pytest.fixture
+def smoke_run(finished_smoke_run: SmokeRun, places: Path) -> SmokeRun:
+    """The finished smoke run, in this test's own places."""
+    for name in ("runs", "checkpoints"):
+        shutil.copytree(finished_smoke_run.root / name, places / name)
+    return finished_smoke_run._replace(root=places)
+
+
+@pytest.fixture
+def cli() -> Callable[..., Result]:
+    return run_cli

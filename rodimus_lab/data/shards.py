@@ -195,13 +195,15 @@ class _Display:
         self._lines: dict[str, TaskID] = {}
 
     def __enter__(self) -> _Display:
-        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._lines:
+            self._progress.stop()
 
     def count(self, split: str, chunk: EncodedChunk) -> None:
+        if not self._lines:
+            self._progress.start()
         if split not in self._lines:
             self._lines[split] = self._progress.add_task(f"{self._corpus} {split}", total=None, counts="")
         line = self._lines[split]

@@ -51,7 +51,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(f"the disk is full while writing {path}; free some space and run it again") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(

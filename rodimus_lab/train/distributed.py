@@ -85,6 +85,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def device_type(asked: str | None = None) -> str:
+    """cpu or cuda, by default cuda where there is one. Raises `UserError` for another, or where there is no GPU."""
+    name = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"{name!r} is not a device that models run on; choose cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device is visible; install its driver or choose the device cpu")
+    return name
+
+
 @contextmanager
 def session(device: str | None = None) -> Iterator[World]:
     """The world of this process: its own, or that of `torchrun`, joined here and left at the end.
@@ -92,11 +102,7 @@ def session(device: str | None = None) -> Iterator[World]:
     `device` is "cpu" or "cuda", by default cuda where there is one. Where ranks fail, one of them raises, and
     names itself; the others end without a word.
     """
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"{name!r} is not a device that can train; choose cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is visible; install its driver or choose the device cpu")
+    name = device_type(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World(0, 1, torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name))

@@ -47,10 +47,13 @@ OpenFeed = Callable[[Recipe, World], Feed]
 def open_feed(recipe: Recipe, world: World) -> Feed:
     """The recipe's corpus, tokenised on first use; all its splits but `train` are evaluated.
 
-    Raises `UserError` where the corpus cannot be had or the tokenizer has more tokens than the model's vocabulary.
+    Raises `UserError` where the corpus cannot be had, a shard is corrupt, or the tokenizer has more tokens than the
+    model's vocabulary.
     """
     data, batch_size = recipe.data, recipe.budget.batch_size
     prepared = prepare(data.corpus, data.tokenizer, progress=world.main)
+    if world.main:
+        prepared.verify()
     manifest = prepared.manifest
     if manifest.vocab_size > recipe.model.vocab_size:
         raise UserError(

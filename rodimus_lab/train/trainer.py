@@ -91,8 +91,6 @@ def train(recipe: Recipe, options: TrainOptions | None = None, *, open_feed: Ope
     with session(options.device) as world, ExitStack() as stack:
         run = RunDir(options.runs_root or runs_root(), recipe.experiment, recipe.id)
         folder = (options.checkpoints_root or checkpoints_root()) / recipe.experiment / recipe.id
-        if world.main:
-            run.create(recipe.to_dict())
         if world.from_main(run.finished):
             if world.main:
                 Progress(recipe.id, 0, enabled=False).say(f"{recipe.id} is finished; its record is {run.path / RECORD}")
@@ -184,6 +182,7 @@ class Trainer:
         self._anchor = (self.state.step, self.feed.train.state_dict())
         self.seconds_before = self.state.seconds
         if self.world.main:
+            self.run.create(self.recipe.to_dict())
             self.run.truncate_metrics(self.state.metrics_bytes)
             self.env = (
                 environment()
