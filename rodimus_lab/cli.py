@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
+from rodimus_lab.bench import app as bench_app
 from rodimus_lab.config import did_you_mean
 from rodimus_lab.data import describe, list_corpora, load_tokenizer, padded_vocab_size, prepare
 from rodimus_lab.doctor import examine
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Corpora, tokenizers and token shards.")
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 console = Console(highlight=False, markup=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -102,7 +102,7 @@ def compare(shape: Shape, device: torch.device, repeats: int, bytes_per_second: 
 @app.command()
 def loss(
     shape: Annotated[
-        list[str] | None, typer.Option(help="tokens x width x vocabulary, such as 1024x256x8192; may be repeated")
+        list[str] | None, typer.Option(help="Tokens x width x vocabulary, such as 1024x256x8192; may be repeated.")
     ] = None,
     repeats: Repeats = 5,
     device: Device = None,

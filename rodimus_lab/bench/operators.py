@@ -164,10 +164,10 @@ def measure(scene: Scene, operators: list[str], repeats: int, compile: bool) -> 
 
 @app.command()
 def ops(
-    only: Annotated[list[str] | None, typer.Option(help=f"one of {', '.join(CASES)}; by default all")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="instead of each shape's own")] = None,
-    length: Annotated[int | None, typer.Option(min=1, help="instead of each shape's own")] = None,
-    compile: Annotated[bool | None, typer.Option(help="also under torch.compile; by default on CUDA only")] = None,
+    only: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(CASES)}. Default: all.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Instead of each shape's own.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Instead of each shape's own.")] = None,
+    compile: Annotated[bool | None, typer.Option(help="Also under torch.compile. Default: on CUDA only.")] = None,
     repeats: Repeats = 10,
     device: Device = None,
     as_json: AsJson = False,

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -18,9 +18,9 @@ from rodimus_lab.train.distributed import World
 from rodimus_lab.train.journal import device_facts
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed and memory: data, operators, the loss, training steps.")
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one")]
-Repeats = Annotated[int, typer.Option(min=1, help="timed calls; the median counts")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Device = Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Default: cuda where there is one.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed calls; the median counts.")]
 Row = dict[str, Any]
 
 

@@ -28,11 +28,11 @@ COLUMNS = (
 @app.command()
 def data(
     corpus: Annotated[
-        str | None, typer.Option(help="by default enwiki-25k where RODIMUS_LAB_DATA holds it, else pydoc")
+        str | None, typer.Option(help="Default: enwiki-25k where RODIMUS_LAB_DATA holds it, else pydoc.")
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="by default pydoc-4096 for pydoc, else gpt2")] = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="at most so long for each line")] = 10.0,
-    workers: Annotated[int | None, typer.Option(min=1, help="instead of one process a core")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Default: pydoc-4096 for pydoc, else gpt2.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="At most so long for each line.")] = 10.0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Instead of one process a core.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Tokenise for some seconds, reading included, and write nothing. The target is 1 M tokens/s on 2 cores."""

@@ -130,13 +130,13 @@ def compare(recipes: Sequence[Recipe], world: World, options: TrainOptions, step
 
 @app.command()
 def train(
-    model: Annotated[list[str] | None, typer.Option(help=f"may be repeated; by default {', '.join(MODELS)}")] = None,
-    size: Annotated[str | None, typer.Option(help="by default wikitext103 on CUDA, smoke on a CPU")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="by default 256 on CUDA, 8 on a CPU")] = None,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="by default the size's own")] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(min=1, help="by default as many as suit the device")] = None,
-    compile: Annotated[bool | None, typer.Option(help="compile the blocks; by default on CUDA only")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="timed steps; by default 20 on CUDA, 3 on a CPU")] = None,
+    model: Annotated[list[str] | None, typer.Option(help=f"May be repeated. Default: {', '.join(MODELS)}.")] = None,
+    size: Annotated[str | None, typer.Option(help="Default: wikitext103 on CUDA, smoke on a CPU.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 256 on CUDA, 8 on a CPU.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Default: the size's own.")] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(min=1, help="Default: as many as suit the device.")] = None,
+    compile: Annotated[bool | None, typer.Option(help="Compile the blocks. Default: on CUDA only.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Timed steps. Default: 20 on CUDA, 3 on a CPU.")] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
