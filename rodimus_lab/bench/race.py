@@ -85,8 +85,8 @@ def race(problem: Problem, repeats: int, bytes_per_second: float, *, compile: bo
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 row["note"] = "out of memory"
-            except RuntimeError as error:
-                row["note"] = f"failed: {str(error).splitlines()[0]}"
+            except Exception as error:  # A kernel that breaks, in whatever way, must not cost the others their rows.
+                row["note"] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             rows.append(row)
     return rows
 

@@ -126,8 +126,8 @@ def wrong_backends() -> dict[str, Any]:
         ("output", "wrong at B1 T8 D1024 W4: "),
         ("gradient", "wrong at B1 T8 D1024 W4: the gradient of "),
         ("nan", "wrong at B1 T8 D1024 W4: "),
-        ("shape", "failed: Mismatch in shape"),
-        ("broken", "failed: the kernel does not compile"),
+        ("shape", "failed: RuntimeError: Mismatch in shape"),
+        ("broken", "failed: RuntimeError: the kernel does not compile"),
     ],
 )
 def test_a_wrong_backend_gets_no_time(name: str, note: str, monkeypatch: pytest.MonkeyPatch) -> None:
