@@ -43,6 +43,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 console = Console(highlight=False, markup=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 DeviceName = Literal["cpu", "cuda"]
@@ -57,6 +58,8 @@ def main() -> None:
     try:
         add_experiments()
         code = app(prog_name="rodimus-lab", standalone_mode=False)
+        if code == INTERRUPTED:  # Some versions of typer raise Abort instead.
+            raise KeyboardInterrupt
     except UserError as error:
         print(f"error: {error}" if error.exit_code == 2 else error, file=sys.stderr)
         code = error.exit_code
@@ -69,7 +72,7 @@ def main() -> None:
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command goes on with what was finished", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
     code = code if isinstance(code, int) else 0
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from rodimus_lab.train.distributed import end_process

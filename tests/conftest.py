@@ -52,7 +52,7 @@ def run_cli(*arguments: object) -> Result:
 
 @pytest.fixture(scope="session")
 def pydoc_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with the corpus `pydoc` prepared in tokens of its own. Tests that write there take a copy."""
+    """A cache with the corpus `pydoc` prepared in tokens of its own."""
     from rodimus_lab.data import prepare
 
     cache = tmp_path_factory.mktemp("pydoc") / "cache"
@@ -64,12 +64,24 @@ def pydoc_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def places(tmp_path: Path, pydoc_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of this test's own for `runs/`, `tables/` and `checkpoints/`; pydoc is prepared, nothing else is."""
-    monkeypatch.setenv("RODIMUS_LAB_CACHE", str(pydoc_cache))
+    """A folder of this test's own for `cache/`, `runs/`, `tables/` and `checkpoints/`; pydoc is prepared there."""
+    shutil.copytree(pydoc_cache, tmp_path / "cache")
+    monkeypatch.setenv("RODIMUS_LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("RODIMUS_LAB_RESULTS", str(tmp_path / "runs"))
     monkeypatch.setenv("RODIMUS_LAB_CHECKPOINTS", str(tmp_path / "checkpoints"))
     monkeypatch.delenv("RODIMUS_LAB_DATA", raising=False)
     return tmp_path
+
+
+@pytest.fixture
+def texts(places: Path) -> Path:
+    """A corpus of three short texts, as a folder."""
+    folder = places / "texts"
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        text = f"Once more to {split} on the same words, for there is nothing else to learn.\n"
+        (folder / f"{split}.txt").write_text(text * 100)
+    return folder
 
 
 class SmokeRun(NamedTuple):

@@ -208,5 +208,5 @@ class _Display:
             self._lines[split] = self._progress.add_task(f"{self._corpus} {split}", total=None, counts="")
         line = self._lines[split]
         self._progress.advance(line, chunk.tokens)
-        counts = f"{self._progress.tasks[line].completed / 1e6:,.1f} M tokens"
+        counts = f"{self._progress.tasks[line].completed:,.0f} tokens"
         self._progress.update(line, counts=counts, refresh=True)
