@@ -100,6 +100,7 @@ def build_model(name: str, **options: Any) -> LanguageModel:
 
 def slug(name: str) -> str:
     """`name` as it stands in ids and file names: rodimus+ -> rodimus_plus, transformer++ -> transformer_pp."""
+    load_plugins()
     return MODELS.canonical(name).replace("++", "_pp").replace("+", "_plus")
 
 

@@ -76,15 +76,13 @@ def _conv1d(history: Tensor, weight_DW: Tensor, bias_D: Tensor | None, documents
     return F.conv1d(history.mT, weight_DW.unsqueeze(1), bias_D, groups=weight_DW.shape[0]).mT
 
 
-def _conv1d_why_not(device: str, packed: bool, **_: Any) -> str | None:
-    if packed:
-        return "it would mix packed documents"
-    return "shifted products fuse with their neighbours on CUDA" if device == "cuda" else None
+def _conv1d_why_not(packed: bool, **_: Any) -> str | None:
+    return "it would mix packed documents" if packed else None
 
 
 declare(
     "short_conv",
-    Backend("conv1d", _conv1d, _conv1d_why_not),
     Backend("taps", _taps),
+    Backend("conv1d", _conv1d, _conv1d_why_not),
     example={"packed": False},
 )
