@@ -9,7 +9,6 @@ Shapes: B batch, T time, H query heads, G key heads, J value heads, K key width,
 from __future__ import annotations
 
 import importlib.util
-from functools import cache as memoize
 from typing import Any
 
 import torch
@@ -86,29 +85,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, win
     return o.transpose(1, 2)
 
 
-@torch.compiler.disable  # it is compiled by itself; traced from outside, its block mask would be built at every call
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None) -> Tensor:
     """torch's FlexAttention, which skips the blocks outside the window."""
+    from rodimus_lab.ops.attention.flex import windowed
+
     q, k, v = q.transpose(1, 2), _share(k, q.shape[2]), _share(v, q.shape[2])
-    block_mask = _window_blocks(q.shape[2], window, q.device)
-    return _compiled_flex()(q, k.contiguous(), v.contiguous(), block_mask=block_mask, scale=scale).transpose(1, 2)
-
-
-@memoize
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-@memoize
-def _window_blocks(length: int, window: int | None, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def seen(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return (s <= t) if window is None else (s <= t) & (t - s < window)
-
-    return create_block_mask(seen, None, None, length, length, device=str(device))
+    return windowed(q, k.contiguous(), v.contiguous(), scale, window).transpose(1, 2)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None) -> Tensor:
