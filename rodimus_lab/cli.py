@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
 
 from rodimus_lab.bench import app as bench_app
 from rodimus_lab.config import did_you_mean
@@ -154,7 +153,7 @@ def _command_of(experiment: Experiment) -> Callable[..., None]:
             console.print(f"budget: {options['budget']} ({why})")
         run_all(experiment.recipes(**options), values)
         for name in experiment.reports:
-            write_report(name)
+            write_report(name, show=False)
 
     parameters = []
     for name, parameter in own.items():
@@ -200,15 +199,16 @@ def run_all(recipes: Sequence[Recipe], options: dict[str, Any]) -> None:
         )
 
 
-def write_report(name: str) -> None:
-    """Build a report from all records, write it beside the runs and say where."""
+def write_report(name: str, *, show: bool) -> None:
+    """Build a report from all records, write it beside the runs and say where; print it as well if asked to."""
     report = REPORTS[name]
     if console.quiet:  # Another rank writes it.
         return
     records = [record for experiment in report.experiments for record in load_records(experiment=experiment)]
     table = report.make(records, PaperResults())
     paths = write(table, tables_root(), name)
-    console.print(Markdown(to_markdown(table)))
+    if show:
+        console.print(to_markdown(table))
     console.print(f"written: {', '.join(map(_shown, paths))}")
 
 
@@ -236,7 +236,7 @@ def report(
     """Rebuild tables from the run records, the paper's numbers beside ours."""
     chosen = [REPORTS.canonical(name) for name in names or REPORTS]
     for name in chosen:
-        write_report(name)
+        write_report(name, show=True)
 
 
 @app.command(rich_help_panel="Results")
