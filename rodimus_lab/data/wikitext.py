@@ -71,6 +71,9 @@ class WikiText(Corpus):
                 f"the {split} split of {self.name} is not local and the package 'datasets' is missing; {mend}, or "
                 "pip install -e '.[data]'"
             ) from None
+        from huggingface_hub.utils import logging as hub_logging
+
+        hub_logging.set_verbosity_error()  # It tells of each of its attempts; the error below says it once.
         repository, revision = self.hub
         try:
             hub_split = "validation" if split == "valid" else split

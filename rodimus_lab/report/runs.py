@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Any
 
 from rich import box
@@ -22,6 +23,7 @@ def runs_json(records: Iterable[Record], unfinished: Iterable[UnfinishedRun] = (
             "corpus": record.corpus,
             "tokenizer": record.tokenizer,
             "budget": record.budget_text,
+            "steps": record.budget["steps"],
             "device": record.device,
             "test_ppl": record.metrics.get("test_ppl"),
             "finished": record.finished,
@@ -34,17 +36,22 @@ def runs_json(records: Iterable[Record], unfinished: Iterable[UnfinishedRun] = (
 
 
 def runs_table(records: Iterable[Record], unfinished: Iterable[UnfinishedRun] = ()) -> RichTable:
-    """The same for a terminal, without what only a program wants."""
+    """The same for a terminal, in short; a section for each experiment."""
     table = RichTable(box=box.SIMPLE)
-    for name in ("run", "label", "corpus", "budget", "device"):
+    table.add_column("run", no_wrap=True)
+    for name in ("corpus", "budget", "device"):
         table.add_column(name, overflow="fold")
     table.add_column("test ppl", justify="right")
     table.add_column("finished", no_wrap=True)
-    for run in runs_json(records, unfinished):
+    runs = runs_json(records, unfinished)
+    for run, following in zip_longest(runs, runs[1:]):
         done = run["finished"][:10] if run["finished"] else f"at step {run['step'] or 0:,}"
         ppl = MISSING if run["test_ppl"] is None else f"{run['test_ppl']:.2f}"
-        texts = [run[name] or MISSING for name in ("label", "corpus", "budget", "device")]
-        table.add_row(f"{run['experiment']}/{run['id']}", *texts, ppl, done)
+        budget = f"{run['budget'].partition(' ')[0]}, {run['steps']:,}" if run["steps"] else MISSING
+        ends = following is not None and following["experiment"] != run["experiment"]
+        table.add_row(
+            run["id"], run["corpus"] or MISSING, budget, run["device"] or MISSING, ppl, done, end_section=ends
+        )
     return table
 
 
@@ -57,6 +64,7 @@ def _unfinished(run: UnfinishedRun) -> dict[str, Any]:
         "corpus": data.get("corpus"),
         "tokenizer": data.get("tokenizer"),
         "budget": describe_budget(budget) if budget else None,
+        "steps": budget["steps"] if budget else None,
         "device": None,
         "test_ppl": None,
         "finished": None,

@@ -216,7 +216,7 @@ def test_runs_as_rows_and_as_a_table():
     assert (rows[0]["test_ppl"], rows[1]["test_ppl"]) == (20.0, None)
     assert rows[1]["budget"] == "short budget 1,500 of 25,000 steps, batch 256"
     columns = {column.header: list(column.cells) for column in runs_table([record("rodimus", 20.0)], [started]).columns}
-    assert columns["run"] == ["wikitext103/rodimus-0wshort", "wikitext103/gla-1"]
+    assert columns["run"] == ["rodimus-0wshort", "gla-1"]
     assert columns["test ppl"] == ["20.00", "—"]
     assert columns["finished"] == ["2026-11-21", "at step 40"]
     assert runs_table([]).row_count == 0
