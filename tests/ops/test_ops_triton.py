@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -140,3 +141,50 @@ def test_what_it_cannot_do_is_said() -> None:
         gated_linear(q, q, q, -torch.ones_like(q), -torch.ones_like(q), backend="triton")
     with pytest.raises(UserError, match="no float64"):
         gated_linear(q.double(), q.double(), q.double(), None, backend="triton")
+
+
+POINTERS = {"gate_ptr": "fp32", "decay_ptr": "fp32", "decay_out": "fp32", "state_ptr": "fp32", "final_ptr": "fp32"}
+POINTERS |= {
+    "dfinal_ptr": "fp32",
+    "dstate_out": "fp32",
+    "dscore_out": "fp32",
+    "ddecay_out": "fp32",
+    "dgate_out": "fp32",
+}
+POINTERS |= {"dq_ptr": "fp32", "dk_ptr": "fp32", "dscore_ptr": "fp32", "ddecay_ptr": "fp32", "document_ptr": "i32"}
+NARROW = {"H": 1, "K": 32, "BK": 32, "C": 64, "c": 16, "PACKED": True}
+WIDE = {"H": 1, "BK": 64, "BV": 128, "C": 64, "PRECISION": "tf32"}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in the compiler's place")
+@pytest.mark.parametrize(
+    ("name", "constants"),
+    [
+        ("_prepare_kernel", NARROW),
+        ("_walk_kernel", WIDE | {"OUTPUT": True}),
+        ("_boundary_kernel", WIDE),
+        ("_chunk_backward_kernel", WIDE | {"BV": 64}),
+        ("_narrow_backward_kernel", NARROW),
+    ],
+)
+def test_the_kernels_compile_for_hopper_without_one(name: str, constants: dict[str, int | str]) -> None:
+    """To machine code; the interpreter takes programs that the compiler refuses."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernels = importlib.import_module("rodimus_lab.ops.gated_linear.triton")
+    kernel = getattr(kernels, name)
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument.endswith(("_ptr", "_out")):
+            signature[argument] = "*" + POINTERS.get(argument, "bf16")
+        else:
+            signature[argument] = "fp32" if argument == "scale" else "i32"
+    fixed = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}
+    )
+    assert compiled.asm["cubin"]

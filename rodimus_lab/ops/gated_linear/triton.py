@@ -69,28 +69,25 @@ def _prepare_kernel(
         score_row = score_out + (chunk * C + i * c + row)[:, None] * C + row[None, :]
         left = q_i * tl.exp(local_i)
         between = tl.zeros([BK], tl.float32)
-        for back in tl.static_range(M):
-            j: tl.constexpr = i - 1 - back
-            if j >= 0:
-                t_j = n * C + j * c + row
-                at_j = ((b * T + t_j) * H + h)[:, None] * K + col[None, :]
-                in_j = (t_j < T)[:, None] & (col < K)[None, :]
-                k_j = tl.load(k_ptr + at_j, mask=in_j, other=0.0).to(tl.float32)
-                gate_j = tl.maximum(tl.load(gate_ptr + at_j, mask=in_j, other=0.0), FLOOR)
-                total_j = tl.sum(gate_j, 0)
-                right = k_j * tl.exp((total_j + between)[None, :] - tl.cumsum(gate_j, 0))
-                score = tl.dot(left, tl.trans(right), input_precision="tf32x3")
-                if PACKED:
-                    document_j = tl.load(document_ptr + b * T + t_j, mask=t_j < T, other=-2)
-                    score = tl.where(document_i[:, None] == document_j[None, :], score, 0.0)
-                tl.store(score_row + j * c, score.to(score_out.dtype.element_ty))
-                between += total_j
-            else:
-                ahead: tl.constexpr = M - 1 - back + i  # The sub-chunks after i, which i does not see.
-                if ahead < M:
-                    tl.store(score_row + ahead * c, tl.zeros([c, c], score_out.dtype.element_ty))
+        for back in tl.static_range(i):
+            j = i - 1 - back
+            t_j = n * C + j * c + row
+            at_j = ((b * T + t_j) * H + h)[:, None] * K + col[None, :]
+            in_j = (t_j < T)[:, None] & (col < K)[None, :]
+            k_j = tl.load(k_ptr + at_j, mask=in_j, other=0.0).to(tl.float32)
+            gate_j = tl.maximum(tl.load(gate_ptr + at_j, mask=in_j, other=0.0), FLOOR)
+            total_j = tl.sum(gate_j, 0)
+            right = k_j * tl.exp((total_j + between)[None, :] - tl.cumsum(gate_j, 0))
+            score = tl.dot(left, tl.trans(right), input_precision="tf32x3")
+            if PACKED:
+                document_j = tl.load(document_ptr + b * T + t_j, mask=t_j < T, other=-2)
+                score = tl.where(document_i[:, None] == document_j[None, :], score, 0.0)
+            tl.store(score_row + j * c, score.to(score_out.dtype.element_ty))
+            between += total_j
+        for ahead in tl.static_range(M - 1 - i):  # Sub-chunks that i does not see.
+            tl.store(score_row + (i + 1 + ahead) * c, tl.zeros([c, c], score_out.dtype.element_ty))
         near = tl.zeros([c, c], tl.float32)
-        for s in tl.static_range(c):
+        for s in range(c):
             k_s = tl.sum(tl.where((row == s)[:, None], k_i, 0.0), 0)
             local_s = tl.sum(tl.where((row == s)[:, None], local_i, 0.0), 0)
             gap = tl.where((row >= s)[:, None], local_i - local_s[None, :], float("-inf"))
@@ -265,7 +262,7 @@ def _narrow_backward_kernel(
     # Sub-chunks from the last to the first; `later` gathers q dq - k dk of those that came.
     after = tl.zeros([BK], tl.float32)
     for step in tl.static_range(M):
-        i: tl.constexpr = M - 1 - step
+        i = M - 1 - step
         t_i = n * C + i * c + row
         at_i = ((b * T + t_i) * H + h)[:, None] * K + col[None, :]
         in_i = (t_i < T)[:, None] & (col < K)[None, :]
@@ -290,43 +287,41 @@ def _narrow_backward_kernel(
         dk_i = dkept * tl.exp(rest_i + after[None, :])
         # Through the scores with other sub-chunks: earlier keys, then later queries.
         between = tl.zeros([BK], tl.float32)
-        for back in tl.static_range(M):
-            j: tl.constexpr = i - 1 - back
-            if j >= 0:
-                t_j = n * C + j * c + row
-                at_j = ((b * T + t_j) * H + h)[:, None] * K + col[None, :]
-                in_j = (t_j < T)[:, None] & (col < K)[None, :]
-                k_j = tl.load(k_ptr + at_j, mask=in_j, other=0.0).to(tl.float32)
-                gate_j = tl.maximum(tl.load(gate_ptr + at_j, mask=in_j, other=0.0), FLOOR)
-                total_j = tl.sum(gate_j, 0)
-                right = k_j * tl.exp((total_j + between)[None, :] - tl.cumsum(gate_j, 0))
-                dscore = tl.load(dscore_ptr + (chunk * C + i * c + row)[:, None] * C + (j * c + row)[None, :])
-                if PACKED:
-                    document_j = tl.load(document_ptr + b * T + t_j, mask=t_j < T, other=-2)
-                    dscore = tl.where(document_i[:, None] == document_j[None, :], dscore, 0.0)
-                dq_i += tl.dot(dscore, right, input_precision="tf32x3") * upto_i
-                between += total_j
+        for back in tl.static_range(M - 1 - step):
+            j = i - 1 - back
+            t_j = n * C + j * c + row
+            at_j = ((b * T + t_j) * H + h)[:, None] * K + col[None, :]
+            in_j = (t_j < T)[:, None] & (col < K)[None, :]
+            k_j = tl.load(k_ptr + at_j, mask=in_j, other=0.0).to(tl.float32)
+            gate_j = tl.maximum(tl.load(gate_ptr + at_j, mask=in_j, other=0.0), FLOOR)
+            total_j = tl.sum(gate_j, 0)
+            right = k_j * tl.exp((total_j + between)[None, :] - tl.cumsum(gate_j, 0))
+            dscore = tl.load(dscore_ptr + (chunk * C + i * c + row)[:, None] * C + (j * c + row)[None, :])
+            if PACKED:
+                document_j = tl.load(document_ptr + b * T + t_j, mask=t_j < T, other=-2)
+                dscore = tl.where(document_i[:, None] == document_j[None, :], dscore, 0.0)
+            dq_i += tl.dot(dscore, right, input_precision="tf32x3") * upto_i
+            between += total_j
         between = tl.zeros([BK], tl.float32)
-        for ahead in tl.static_range(M):
-            m: tl.constexpr = i + 1 + ahead
-            if m < M:
-                t_m = n * C + m * c + row
-                at_m = ((b * T + t_m) * H + h)[:, None] * K + col[None, :]
-                in_m = (t_m < T)[:, None] & (col < K)[None, :]
-                q_m = tl.load(q_ptr + at_m, mask=in_m, other=0.0).to(tl.float32)
-                gate_m = tl.maximum(tl.load(gate_ptr + at_m, mask=in_m, other=0.0), FLOOR)
-                left = q_m * scale * tl.exp(tl.cumsum(gate_m, 0) + between[None, :])
-                dscore_T = tl.load(dscore_ptr + (chunk * C + m * c + row)[None, :] * C + (i * c + row)[:, None])
-                if PACKED:
-                    document_m = tl.load(document_ptr + b * T + t_m, mask=t_m < T, other=-2)
-                    dscore_T = tl.where(document_i[:, None] == document_m[None, :], dscore_T, 0.0)
-                dk_i += tl.dot(dscore_T, left, input_precision="tf32x3") * tl.exp(rest_i)
-                between += tl.sum(gate_m, 0)
+        for ahead in tl.static_range(step):
+            m = i + 1 + ahead
+            t_m = n * C + m * c + row
+            at_m = ((b * T + t_m) * H + h)[:, None] * K + col[None, :]
+            in_m = (t_m < T)[:, None] & (col < K)[None, :]
+            q_m = tl.load(q_ptr + at_m, mask=in_m, other=0.0).to(tl.float32)
+            gate_m = tl.maximum(tl.load(gate_ptr + at_m, mask=in_m, other=0.0), FLOOR)
+            left = q_m * scale * tl.exp(tl.cumsum(gate_m, 0) + between[None, :])
+            dscore_T = tl.load(dscore_ptr + (chunk * C + m * c + row)[None, :] * C + (i * c + row)[:, None])
+            if PACKED:
+                document_m = tl.load(document_ptr + b * T + t_m, mask=t_m < T, other=-2)
+                dscore_T = tl.where(document_i[:, None] == document_m[None, :], dscore_T, 0.0)
+            dk_i += tl.dot(dscore_T, left, input_precision="tf32x3") * tl.exp(rest_i)
+            between += tl.sum(gate_m, 0)
         # Through the scores inside the sub-chunk.
         near = tl.load(dscore_ptr + (chunk * C + i * c + row)[:, None] * C + (i * c + row)[None, :])
         if PACKED:
             near = tl.where(document_i[:, None] == document_i[None, :], near, 0.0)
-        for s in tl.static_range(c):
+        for s in range(c):
             here = (row == s)[:, None]
             k_s = tl.sum(tl.where(here, k_i, 0.0), 0)
             q_s = tl.sum(tl.where(here, q_i, 0.0), 0)
