@@ -120,8 +120,8 @@ RUN_OPTIONS = (
     ("checkpoint_every", int, 1000, "Steps between checkpoints."),
     ("tensorboard", bool, False, "Write TensorBoard event files beside the checkpoints."),
     ("resume", bool, True, "Go on from the last checkpoint of an unfinished run."),
-    ("stop_at_step", int | None, None, "End this session at a step, with a checkpoint."),
-    ("max_seconds", float | None, None, "End this session after so many seconds, with a checkpoint."),
+    ("stop_at_step", int | None, None, "Stop at a step, with a checkpoint."),
+    ("max_seconds", float | None, None, "Stop after so many seconds, with a checkpoint."),
 )
 OPTION_HELP = {
     "budget": "The paper's; a stated fraction of its steps; or minutes on a CPU. "

@@ -84,6 +84,10 @@ class Recipe(Config):
                 f"the warm-up takes {self.schedule.warmup_steps} steps, but the budget is {self.budget.steps}; "
                 "shorten the warm-up"
             )
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"the least learning rate, {self.schedule.min_lr}, is above the peak, {self.optimizer.lr}; swap them"
+            )
         return self
 
     @classmethod

@@ -57,24 +57,25 @@ class TokenMixer(nn.Module, ABC):
         """Draw every parameter afresh."""
 
 
-class TokenMixerConfig(Variant):
+class TokenMixerConfig(Variant, ABC):
     """What a sublayer is, and what it costs, without building it."""
 
+    @abstractmethod
     def build(self, d_model: int) -> TokenMixer:
-        raise NotImplementedError
+        """The module, with undrawn weights."""
 
+    @abstractmethod
     def num_params(self, d_model: int) -> int:
         """Number of learnable scalars."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops_per_token(self, d_model: int, context: int) -> int:
         """Matrix-product and convolution FLOPs (a multiply-add is 2) of a forward decoding step on one token that has
         `context` - 1 tokens before it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state_bytes(self, d_model: int, batch: int, context: int, dtype: torch.dtype) -> int:
         """Bytes of the state tensors after `context` tokens."""
-        raise NotImplementedError
 
 
 def state_nbytes(state: State) -> int:
