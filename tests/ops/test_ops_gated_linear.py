@@ -253,3 +253,13 @@ def test_fla_without_cuda_says_why() -> None:
 def test_unknown_backend_lists_the_good_ones() -> None:
     with pytest.raises(UserError, match=r"'chunkd'; did you mean 'chunked'\? known: .*chunked, fla, naive"):
         gated_linear(**inputs(4), backend="chunkd")
+
+
+@pytest.mark.parametrize("beta", ["none", "full"])
+@pytest.mark.parametrize("ids", [None, (0, 0), (0, 2), (-1, 1)])
+def test_one_step_equals_the_definition(ids: tuple[int, int] | None, beta: str) -> None:
+    """A row that goes on, one that starts a document, one that is padding."""
+    segments = None if ids is None else Segments(torch.tensor(ids).unsqueeze(1))
+    arguments = inputs(1, beta=beta)
+    want = outputs_and_gradients(arguments, segments, "naive", torch.float64)
+    assert_agree(outputs_and_gradients(arguments, segments, "step", torch.float64), want, 1e-12)

@@ -15,6 +15,7 @@ from torch import Tensor
 from rodimus_lab.ops.backend import Backend, choose, declare
 from rodimus_lab.ops.gated_linear.chunked import chunked
 from rodimus_lab.ops.gated_linear.naive import naive
+from rodimus_lab.ops.gated_linear.step import one_step
 from rodimus_lab.ops.segments import Segments
 
 
@@ -118,13 +119,13 @@ def _triton_why_not(device: str, beta: bool, dtype: torch.dtype, key_width: int,
     return None if key_width <= 256 else f"the key width {key_width} is over 256"
 
 
-def _one_step(length: int, **_: Any) -> str | None:
+def _one_step_why_not(length: int, **_: Any) -> str | None:
     return None if length == 1 else "it is for one token at a time"
 
 
 declare(
     "gated_linear",
-    Backend("step", naive, _one_step),
+    Backend("step", one_step, _one_step_why_not),
     Backend("chunked", chunked),
     Backend("triton", _triton, _triton_why_not),
     Backend("fla", _fla, _fla_why_not),
