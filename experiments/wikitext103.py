@@ -45,7 +45,7 @@ def wikitext103(
     if name == "smoke":
         data = DataConfig(corpus=corpus or "pydoc", tokenizer="pydoc-4096", seq_len=256)
         size, rates, schedule, spent = "smoke", OptimizerConfig(lr=SMOKE_LR), SMOKE_SCHEDULE, SMOKE
-        if steps is not None:
+        if steps is not None and steps != SMOKE.steps:
             spent, schedule = shrink(SMOKE, SMOKE_SCHEDULE, steps)
             spent = spent.replace(name="smoke")
     else:
