@@ -50,9 +50,7 @@ class Board:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise UserError(
-                    "tensorboard is not installed; pip install 'rodimus-lab[train]' or leave it out"
-                ) from None
+                raise UserError("tensorboard is not installed; pip install -e '.[train]' or leave it out") from None
             self._writer = SummaryWriter(str(folder), purge_step=from_step + 1)
 
     def add(self, values: Mapping[str, float | int]) -> None:

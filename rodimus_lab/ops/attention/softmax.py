@@ -115,7 +115,7 @@ def _flash_why_not(
     device: str, dtype: torch.dtype, cached: bool, packed: bool, widths: tuple[int, int], **_: Any
 ) -> str | None:
     if importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn is not installed (pip install 'rodimus-lab[gpu]' on a CUDA machine)"
+        return "flash-attn is not installed (pip install -e '.[gpu]' on a CUDA machine)"
     if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return "flash-attn needs a CUDA device and half precision"
     if cached or packed:

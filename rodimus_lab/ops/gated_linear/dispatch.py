@@ -91,7 +91,7 @@ def _fla_why_not(device: str, beta: bool, packed: bool, dtype: torch.dtype, **_:
     if device != "cuda":
         return "flash-linear-attention's kernels need a CUDA device"
     if importlib.util.find_spec("fla") is None:
-        return "flash-linear-attention is not installed (pip install 'rodimus-lab[kernels]')"
+        return "flash-linear-attention is not installed (pip install -e '.[kernels]')"
     if beta:
         return "it has no value gate beta"
     if packed:
@@ -109,7 +109,7 @@ def _triton(*arguments: Any) -> Any:
 
 def _triton_why_not(device: str, beta: bool, dtype: torch.dtype, key_width: int, **_: Any) -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'rodimus-lab[kernels]')"
+        return "triton is not installed (pip install -e '.[kernels]')"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "triton needs a CUDA device (or TRITON_INTERPRET=1, which is for tests)"
     if beta:
