@@ -90,7 +90,7 @@ def choose_budget(asked: BudgetName | None) -> tuple[BudgetName, str]:
         return asked, "as asked"
     if torch.cuda.is_available():
         return "paper", f"this machine has a GPU ({torch.cuda.get_device_name()}); --budget short takes a fraction"
-    return "smoke", "this machine has no GPU, and the paper's budget would take weeks; --budget chooses another"
+    return "smoke", "this machine has no GPU, and the paper's budget is meant for one; --budget chooses another"
 
 
 def shrink(budget: BudgetConfig, schedule: ScheduleConfig, steps: int) -> tuple[BudgetConfig, ScheduleConfig]:
