@@ -16,6 +16,7 @@ import typer
 from torch import Tensor
 
 from rodimus_lab.bench.measure import copy_rate
+from rodimus_lab.bench.operator_peers import measure_peers
 from rodimus_lab.bench.race import Problem, Tensors, race
 from rodimus_lab.bench.result import AsJson, Column, Device, Repeats, Result, Row, app, show, surroundings
 from rodimus_lab.nn.heads import HeadKind, HeadSharing
@@ -63,7 +64,11 @@ COLUMNS = (
 
 @CASES.register("gated_linear")
 def gated_linear_cases(scene: Scene) -> Iterator[Problem]:
-    shapes = [(8, 4096, 64, 4096), (4, 2048, 64, 4096), (128, 512, 32, 1024)] if scene.cuda else [(1, 512, 32, 1024)]
+    """The 1.3B configuration and WikiText-103's, with few long and with many short sequences."""
+    wide, narrow = (64, 4096), (32, 1024)
+    shapes = [(1, 512, *narrow)]
+    if scene.cuda:
+        shapes = [(8, 4096, *wide), (4, 2048, *wide), (1, 32768, *wide), (32, 512, *narrow), (128, 512, *narrow)]
     for batch, length, key_width, value_width in shapes:
         yield _gated_linear(scene, *scene.size(batch, length), key_width, value_width)
 
@@ -150,15 +155,17 @@ def short_conv_cases(scene: Scene) -> Iterator[Problem]:
     )
 
 
-def measure(scene: Scene, operators: list[str], repeats: int, compile: bool) -> tuple[list[Row], float]:
-    """The rows of `race` for every case of the operators, and the copy rate of the floors in bytes a second."""
+def measure(
+    scene: Scene, operators: list[str], repeats: int, compile: bool, peers: bool = True
+) -> tuple[list[Row], float]:
+    """The rows of `race` for every case of the operators, each followed by its peers', and the copy rate of the floors
+    in bytes a second."""
     rate = copy_rate(scene.device)
-    rows = [
-        row
-        for operator in operators
-        for problem in CASES[operator](scene)
-        for row in race(problem, repeats, rate, compile=compile)
-    ]
+    rows = []
+    for operator in operators:
+        for problem in CASES[operator](scene):
+            rows += race(problem, repeats, rate, compile=compile)
+            rows += measure_peers(problem, repeats, rate) if peers else []
     return rows, rate
 
 
@@ -168,17 +175,18 @@ def ops(
     batch: Annotated[int | None, typer.Option(min=1, help="Instead of each shape's own.")] = None,
     length: Annotated[int | None, typer.Option(min=1, help="Instead of each shape's own.")] = None,
     compile: Annotated[bool | None, typer.Option(help="Also under torch.compile. Default: on CUDA only.")] = None,
+    peers: Annotated[bool, typer.Option(help="Also the operators of others that do the same work in a model.")] = True,
     repeats: Repeats = 10,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time the operators' backends, each checked against the definition first."""
+    """Time the operators' backends and their peers, each checked against its definition first."""
     operators = [CASES.canonical(name) for name in only] if only else list(CASES)
     with session(device) as world:
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
         scene = Scene(world.device, dtype, batch, length)
         torch.manual_seed(0)
         facts = surroundings(world)
-        rows, rate = measure(scene, operators, repeats, scene.cuda if compile is None else compile)
+        rows, rate = measure(scene, operators, repeats, scene.cuda if compile is None else compile, peers)
     settings = {"dtype": str(dtype).removeprefix("torch."), "repeats": repeats, "copy_bytes_per_second": round(rate)}
     show(Result("ops", settings, rows, facts), COLUMNS, as_json)

@@ -58,37 +58,58 @@ def race(problem: Problem, repeats: int, bytes_per_second: float, *, compile: bo
     The floor reads each input and writes the output once; the backward pass reads both again, the output's gradient
     in place of the output, and writes each input's gradient.
     """
-    expected = _Expected(problem)
-    read = sum(x.numel() * x.element_size() for x in problem.inputs.values())
-    written = problem.output.numel() * problem.output.element_size()
-    floors = (read + written) / bytes_per_second, (3 * read + 2 * written) / bytes_per_second
+    expected, floors = _Expected(problem), _floors(problem, bytes_per_second)
+    reasons = survey(problem.operator, problem.device.type)
     rows = []
-    for backend in OPERATORS[problem.operator]:
-        for compiled in [False] + [True] * (compile and backend.name in problem.compilable):
-            row: Row = {
-                "operator": problem.operator,
-                "case": problem.case,
-                "shape": dict(problem.shape),
-                "backend": backend.name + " (compiled)" * compiled,
-                "dtype": str(next(iter(problem.inputs.values())).dtype).removeprefix("torch."),
-            }
-            reason = survey(problem.operator, problem.device.type)[backend.name]
-            try:
-                if reason:
-                    row["note"] = f"cannot run: {reason}"
-                elif backend.name in problem.unmeasured:
-                    row["note"] = f"left out: {problem.unmeasured[backend.name]}"
-                else:
-                    row |= _measure(problem, backend.name, expected, repeats, floors, compiled)
-            except UserError as error:
-                row["note"] = f"cannot run: {error}"
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                row["note"] = "out of memory"
-            except Exception as error:  # A kernel that breaks, in whatever way, must not cost the others their rows.
-                row["note"] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    for name in (backend.name for backend in OPERATORS[problem.operator]):
+        for compiled in [False] + [True] * (compile and name in problem.compilable):
+            row = describe(problem, name + " (compiled)" * compiled)
+            if reasons[name]:
+                row["note"] = f"cannot run: {reasons[name]}"
+            elif name in problem.unmeasured:
+                row["note"] = f"left out: {problem.unmeasured[name]}"
+            else:
+                row |= _attempt(lambda n=name, c=compiled: _measure(problem, n, expected, repeats, floors, c))  # type: ignore[misc]
             rows.append(row)
     return rows
+
+
+def run_alone(problem: Problem, name: str, repeats: int, bytes_per_second: float) -> Row:
+    """The row of a peer: an operator of its own, held to its own definition."""
+    floors = _floors(problem, bytes_per_second)
+    return describe(problem, name) | _attempt(
+        lambda: _measure(problem, name, _Expected(problem), repeats, floors, compiled=False)
+    )
+
+
+def describe(problem: Problem, name: str) -> Row:
+    return {
+        "operator": problem.operator,
+        "case": problem.case,
+        "shape": dict(problem.shape),
+        "backend": name,
+        "dtype": str(next(iter(problem.inputs.values())).dtype).removeprefix("torch."),
+    }
+
+
+def _floors(problem: Problem, bytes_per_second: float) -> tuple[float, float]:
+    """Seconds that the bytes of the forward pass, and of forward and backward, take to move."""
+    read = sum(x.numel() * x.element_size() for x in problem.inputs.values())
+    written = problem.output.numel() * problem.output.element_size()
+    return (read + written) / bytes_per_second, (3 * read + 2 * written) / bytes_per_second
+
+
+def _attempt(measure: Callable[[], Row]) -> Row:
+    """What was measured, or a note: a kernel that breaks, in whatever way, must not cost the others their rows."""
+    try:
+        return measure()
+    except UserError as error:
+        return {"note": f"cannot run: {error}"}
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return {"note": "out of memory"}
+    except Exception as error:
+        return {"note": f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
 
 
 def _measure(

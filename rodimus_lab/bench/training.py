@@ -1,35 +1,47 @@
 """`bench train`: whole training steps of several models, one after another in one process, by the trainer's own step.
 
+A peer (`bench/peers.py`) is trained by the same step: the same batch, loss, clipping, AdamW and precision.
+
 Shapes: B batch, T time.
 """
 
 from __future__ import annotations
 
 import gc
+import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import typer
 
 from rodimus_lab.bench.measure import peak_bytes, seconds_of
+from rodimus_lab.bench.peers import PEERS, build, failure, parameters, wrong_loss
 from rodimus_lab.bench.result import AsJson, Column, Device, Result, Row, app, show, surroundings
 from rodimus_lab.config import did_you_mean
 from rodimus_lab.errors import UserError
-from rodimus_lab.nn.zoo import SIZES, model_config, slug
+from rodimus_lab.nn.model import LanguageModel
+from rodimus_lab.nn.zoo import SIZES, Size, model_config, slug
+from rodimus_lab.ops.backend import use_backend
 from rodimus_lab.recipe import BudgetConfig, DataConfig, Recipe, ScheduleConfig
 from rodimus_lab.records import RunDir
 from rodimus_lab.train import Trainer, TrainOptions
 from rodimus_lab.train.distributed import World, session
 from rodimus_lab.train.feed import Batch, Feed
-from rodimus_lab.train.throughput import median, utilization
+from rodimus_lab.train.optimizer import build_optimizer, decay_groups
+from rodimus_lab.train.step import Stepper, default_rows, fit_rows
+from rodimus_lab.train.throughput import device_name, median, peak_flops, utilization
 
+Precision = Literal["fp32", "bf16", "bf16-params"]
 MODELS = ("transformer++", "rodimus", "rodimus+")
 WARMUP = 3
+OUT_OF_MEMORY: Row = {"note": "out of memory", "out_of_memory": True}
 COLUMNS = (
     Column("model", "model"),
+    Column("precision", "precision"),
     Column("params", "parameters M", 1e-6, 2),
     Column("tokens_per_second", "tokens/s"),
     Column("over_first", "x first", 1, 2),
@@ -57,67 +69,155 @@ class RandomTokens:
         pass
 
 
-def recipe_of(model: str, size: str, batch_size: int, seq_len: int, precision: str) -> Recipe:
-    config = model_config(model, size=size)
+def recipe_of(label: str, model: str, size: Size, batch_size: int, precision: Precision) -> Recipe:
+    """The recipe of a model at the training length `size.context`, which is what its window and positions follow."""
     return Recipe(
         experiment="bench",
-        label=slug(model),
-        model=config,
-        data=DataConfig(corpus="random", tokenizer="none", seq_len=seq_len),
+        label=label,
+        model=model_config(model, size=size),
+        data=DataConfig(corpus="random", tokenizer="none", seq_len=size.context),
         schedule=ScheduleConfig(kind="constant", warmup_steps=0),
         budget=BudgetConfig(name="smoke", steps=1_000_000, batch_size=batch_size),
-        precision=precision,  # type: ignore[arg-type]
+        precision="fp32" if precision == "fp32" else "bf16",
     )
 
 
-def measure_steps(recipe: Recipe, world: World, options: TrainOptions, steps: int) -> Row:
+@dataclass(frozen=True)
+class Entrant:
+    """One row to be: `name` is a model of the zoo or, with `peer`, one of `PEERS`. `size.context` is the training
+    length, `backends` the operators' backends that are not left to themselves."""
+
+    name: str
+    size: Size
+    batch_size: int
+    precision: Precision
+    peer: bool = False
+    backends: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def recipe(self) -> Recipe:
+        """A peer's is that of the model it is measured against, under its own name."""
+        label, model = (self.name, PEERS[self.name].like) if self.peer else (slug(self.name), self.name)
+        return recipe_of(label, model, self.size, self.batch_size, self.precision)
+
+    def facts(self) -> Row:
+        row: Row = {
+            "model": self.recipe.label,
+            "peer": self.peer,
+            "size": self.size.name,
+            "batch_size": self.batch_size,
+            "seq_len": self.size.context,
+            "precision": self.precision,
+        }
+        return row | ({"backends": dict(self.backends)} if self.backends else {})
+
+    def training_flops_per_token(self) -> float:
+        length = self.size.context
+        if self.peer:
+            return PEERS[self.name].training_flops_per_token(self.size, length)
+        return self.recipe.model.training_flops_per_token(length)
+
+
+def our_stepper(entrant: Entrant, loader: RandomTokens, world: World, options: TrainOptions) -> tuple[Stepper, bool]:
+    """The trainer's own step, and whether the model is compiled. With precision bf16-params the weights and AdamW's
+    moments are bfloat16 too."""
+    recipe = entrant.recipe
+    nowhere = Path(tempfile.gettempdir())  # Neither the run nor its checkpoints are begun, so nothing is written.
+    trainer = Trainer(recipe, Feed(loader, {}), options, RunDir(nowhere, recipe.experiment, recipe.id), world, nowhere)
+    stepper = trainer.stepper
+    if entrant.precision == "bf16-params":
+        model = trainer.model.to(torch.bfloat16)
+        optimizer = build_optimizer(model, trainer.groups, recipe.optimizer)
+        stepper = Stepper(model, optimizer, recipe, world, stepper.rows)
+    return stepper, trainer.compiled
+
+
+def their_stepper(entrant: Entrant, world: World, options: TrainOptions) -> tuple[Stepper, bool]:
+    """The same step around a peer."""
+    recipe, device = entrant.recipe, world.device
+    if device.type == "cuda" and recipe.precision == "bf16":
+        torch.set_float32_matmul_precision("high")
+    peer = build(entrant.name, entrant.size, device).train()
+    if entrant.precision == "bf16-params":
+        peer = peer.to(torch.bfloat16)
+    compiled = peer.compilable and (device.type == "cuda" if options.compile is None else options.compile)
+    if compiled:
+        peer.compile_loss()
+    model = cast(LanguageModel, peer)  # As far as the step is concerned: parameters, a head and a loss.
+    optimizer = build_optimizer(model, decay_groups(model), recipe.optimizer)
+    rows = options.micro_batch_size or default_rows(entrant.batch_size, entrant.size.context, device)
+    stepper = Stepper(model, optimizer, recipe, world, min(rows, entrant.batch_size))
+    if device.type == "cuda" and options.micro_batch_size is None:
+        fit_rows(stepper)
+    return stepper, compiled
+
+
+def measure_steps(entrant: Entrant, world: World, options: TrainOptions, steps: int) -> Row:
     """Median tokens a second and peak memory of `steps` steps (loss, backward, clipping, AdamW) after a warm-up.
 
     Memory is all that the step holds: weights, moments, gradients and activations, on CUDA by the allocator.
     """
-    row: Row = {"model": recipe.label, "batch_size": recipe.budget.batch_size, "seq_len": recipe.data.seq_len}
-    torch.manual_seed(recipe.seed)
-    loader = RandomTokens(recipe.model.vocab_size, recipe.budget.batch_size, recipe.data.seq_len)
-    nowhere = Path(tempfile.gettempdir())  # Neither the run nor its checkpoints are begun, so nothing is written.
-    trainer = Trainer(recipe, Feed(loader, {}), options, RunDir(nowhere, recipe.experiment, recipe.id), world, nowhere)
-    stepper, number, loss = trainer.stepper, 0, torch.tensor(0.0)
+    torch.manual_seed(0)
+    vocab_size = entrant.size.vocab_size
+    loader = RandomTokens(vocab_size, entrant.batch_size, entrant.size.context)
+    if entrant.peer:
+        if reason := PEERS[entrant.name].missing(world.device):
+            return entrant.facts() | {"note": f"cannot run: {reason}"}
+        stepper, compiled = their_stepper(entrant, world, options)
+    else:
+        stepper, compiled = our_stepper(entrant, loader, world, options)
+    losses: list[torch.Tensor] = []
 
     def step() -> None:
-        nonlocal number, loss
-        number += 1
-        loss, _ = stepper.step(number, *next(loader))
+        losses.append(stepper.step(len(losses) + 1, *next(loader))[0])
 
     times = seconds_of(step, world.device, steps, warmup=WARMUP)
     if stepper.sentinel.first_bad_step() is not None:
-        return row | {"note": "the loss or a gradient is not finite, so it gets no time"}
-    trainer.optimizer.zero_grad(set_to_none=True)
-    held = sum(x.numel() * x.element_size() for x in (trainer.model.state_dict() | trainer.moments).values())
+        return entrant.facts() | {"note": "the loss or a gradient is not finite, so it gets no time"}
+    if wrong := wrong_loss(losses[0].item(), vocab_size):
+        return entrant.facts() | {"note": wrong}
+    stepper.optimizer.zero_grad(set_to_none=True)
+    last = losses[-1].item()
+    moments = [x for state in stepper.optimizer.state.values() for x in (state["exp_avg"], state["exp_avg_sq"])]
+    held = sum(x.numel() * x.element_size() for x in (*stepper.model.parameters(), *moments))
     if world.device.type == "cuda":
         held = torch.cuda.memory_allocated(world.device)
-    tokens = recipe.budget.batch_size * recipe.data.seq_len
-    rate = median([tokens / seconds for seconds in times])
-    return row | {
-        "params": trainer.params,
+    tokens = entrant.batch_size * entrant.size.context
+    params, rate = parameters(stepper.model), median([tokens / seconds for seconds in times])
+    peak = peak_flops(device_name(world.device), entrant.recipe.precision)
+    return entrant.facts() | {
+        "params": params,
         "micro_batch_size": stepper.rows,
-        "compiled": trainer.compiled,
+        "compiled": compiled,
         "tokens_per_second": rate,
         "seconds_per_step": median(times),
-        "mfu": utilization(trainer.flops_per_token, rate, trainer.peak),
-        "mfu_6n": utilization(6 * trainer.params, rate, trainer.peak),
-        "peak_flops": trainer.peak,
+        "mfu": utilization(entrant.training_flops_per_token(), rate, peak),
+        "mfu_6n": utilization(6 * params, rate, peak),
+        "peak_flops": peak,
         "peak_bytes": held + peak_bytes(step, world.device),
-        "loss": loss.item(),
+        "first_loss": losses[0].item(),
+        "loss": last,
     }
 
 
-def compare(recipes: Sequence[Recipe], world: World, options: TrainOptions, steps: int) -> list[Row]:
-    """A row a recipe; nothing of one model is left in memory when the next begins."""
+def compare(entrants: Sequence[Entrant], world: World, options: TrainOptions, steps: int) -> list[Row]:
+    """A row an entrant, told on stderr as it comes; nothing of one model is left in memory when the next begins, and
+    one that breaks costs the others nothing."""
     rows: list[Row] = []
-    for recipe in recipes:
+    for entrant in entrants:
         try:
-            row = measure_steps(recipe, world, options, steps)
+            with use_backend(**dict(entrant.backends)):
+                row = measure_steps(entrant, world, options, steps)
+        except UserError as error:
+            row = entrant.facts() | {"note": f"cannot run: {error}"}
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                row |= OUT_OF_MEMORY
         except torch.OutOfMemoryError:
-            row = {"model": recipe.label, "note": "out of memory"}
+            row = entrant.facts() | OUT_OF_MEMORY
+        except Exception as error:
+            row = entrant.facts() | {"note": failure(error)}
+        if row.get("compiled"):
+            torch.compiler.reset()
         gc.collect()
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -125,36 +225,73 @@ def compare(recipes: Sequence[Recipe], world: World, options: TrainOptions, step
         if first and "tokens_per_second" in row:
             row["over_first"] = row["tokens_per_second"] / first
         rows.append(row)
+        print(f"{row['model']}: {row.get('note') or _in_short(row)}", file=sys.stderr)
     return rows
+
+
+def _in_short(row: Row) -> str:
+    mfu = "" if row["mfu"] is None else f", MFU {row['mfu']:.1%}"
+    return f"{row['tokens_per_second']:,.0f} tokens/s{mfu}, peak {row['peak_bytes'] / 1e9:.1f} GB"
+
+
+def parse_backends(choices: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """From `operator=backend` texts. Raises `UserError` for what is no such pair or names what is not there."""
+    pairs = [choice.partition("=") for choice in choices]
+    for choice, (operator, sign, _) in zip(choices, pairs, strict=True):
+        if not operator or not sign:
+            raise UserError(f"--backend: {choice!r} is no operator=backend pair; give one such as attention=naive")
+    backends = tuple((operator, name) for operator, _, name in pairs)
+    with use_backend(**dict(backends)):
+        return backends
 
 
 @app.command()
 def train(
     model: Annotated[list[str] | None, typer.Option(help=f"May be repeated. Default: {', '.join(MODELS)}.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help=f"Also one of {', '.join(PEERS)}. May be repeated.")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Also all of these peers.")] = False,
     size: Annotated[str | None, typer.Option(help="Default: wikitext103 on CUDA, smoke on a CPU.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 256 on CUDA, 8 on a CPU.")] = None,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Default: the size's own.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="Training length, which windows follow. Default: the size's own.")
+    ] = None,
     micro_batch_size: Annotated[int | None, typer.Option(min=1, help="Default: as many as suit the device.")] = None,
-    compile: Annotated[bool | None, typer.Option(help="Compile the blocks. Default: on CUDA only.")] = None,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(
+            help="bf16: autocast over float32 weights, as rodimus-lab trains; bf16-params: weights and moments too. "
+            "Default: bf16 on CUDA, fp32 on a CPU."
+        ),
+    ] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="An operator's backend in our models, such as attention=naive.")
+    ] = None,
+    compile: Annotated[bool | None, typer.Option(help="Compile what can be. Default: on CUDA only.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Timed steps. Default: 20 on CUDA, 3 on a CPU.")] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time whole training steps of several models in one process: tokens/s, MFU, peak memory, ratio to the first."""
+    """Time whole training steps of our models and of others' in one process: tokens/s, MFU, peak memory, ratio to the
+    first."""
     with session(device) as world:
         if world.size > 1:
             raise UserError("bench train measures one process; start it without torchrun")
         cuda = world.device.type == "cuda"
         size = size or ("wikitext103" if cuda else "smoke")
-        precision = "bf16" if cuda else "fp32"
+        precision = precision or ("bf16" if cuda else "fp32")
         batch_size = batch_size or (256 if cuda else 8)
         steps = steps or (20 if cuda else 3)
         if size not in SIZES:
             raise UserError(f"there is no size named {size!r}{did_you_mean(size, SIZES)}")
-        length = seq_len or SIZES[size].context
-        recipes = [recipe_of(name, size, batch_size, length, precision) for name in model or MODELS]
+        scale = SIZES[size]._replace(context=seq_len or SIZES[size].context)
+        backends = parse_backends(backend or [])
+        asked = list(PEERS) if peers else [PEERS.canonical(name) for name in peer or []]
+        entrants = [Entrant(name, scale, batch_size, precision, backends=backends) for name in model or MODELS]
+        entrants += [Entrant(name, scale, batch_size, precision, peer=True) for name in asked]
+        for entrant in entrants:
+            _ = entrant.recipe  # A model that is not there is named before anything is timed.
         options = TrainOptions(device=device, micro_batch_size=micro_batch_size, compile=compile, progress=False)
         facts = surroundings(world)
-        rows = compare(recipes, world, options, steps)
-    settings = {"size": size, "batch": f"{batch_size} x {length}", "precision": precision, "steps": steps}
+        rows = compare(entrants, world, options, steps)
+    settings = {"size": size, "batch": f"{batch_size} x {scale.context}", "precision": precision, "steps": steps}
     show(Result("train", settings, rows, facts), COLUMNS, as_json)
