@@ -1,0 +1,46 @@
+"""Kernels that start while the one before them is still running, and call its memory early into the cache.
+
+With programmatic dependent launch (Hopper and newer) a kernel is started as soon as every program of the one before it
+has said `gdc_launch_dependents`. What it does before `gdc_wait` overlaps with that kernel; after it, everything that
+the kernels before it wrote is visible. So a decoding kernel first loads what no kernel of the same step writes
+(weights, its own state) and then waits. Every kernel waits, so that each one's end is the end of all before it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # Never called: `launch_options` then says PDL=False.
+    gdc_launch_dependents = gdc_wait = None
+
+PREFETCH_BYTES = tl.constexpr(1024)
+
+
+def launch_options(x: Tensor) -> dict[str, Any]:
+    """`PDL` for the kernel, and the launch option that goes with it, on the device of `x`."""
+    return {"PDL": True, "launch_pdl": True} if x.is_cuda and _can_overlap(x.device) else {"PDL": False}
+
+
+@cache
+def _can_overlap(device: torch.device) -> bool:
+    nvidia = torch.version.cuda is not None
+    return gdc_wait is not None and nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def prefetch(ptr, size, program, THREADS: tl.constexpr):
+    """Ask for the share of program number `program` of `size` bytes at `ptr` to be brought into the L2 cache."""
+    offset = (program * THREADS + tl.arange(0, THREADS)).to(tl.int64) * PREFETCH_BYTES
+    address = ptr.to(tl.int64) + tl.minimum(offset, size - PREFETCH_BYTES)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], 1024; mov.b32 $0, 0;", "=r,l", [address],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
