@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from rodimus_lab.config import ConfigError
 from rodimus_lab.nn.heads import HeadSharing
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer, TokenMixerConfig
-from rodimus_lab.nn.rotary import rotary_table, rotate
-from rodimus_lab.ops.attention import KVCache, attention
+from rodimus_lab.nn.norm import Norm, linear_of_step
+from rodimus_lab.nn.rotary import rotary_frequency, rotary_table, rotate
+from rodimus_lab.ops.attention import KVCache, attention, attention_step
 from rodimus_lab.ops.segments import Segments
 
 Positive = Annotated[int, Field(ge=1)]
@@ -116,6 +117,14 @@ class Attention(TokenMixer):
             q_BTHK, k_BTGK, v_BTJK, window=self.config.keys_in_window, cache=state, segments=segments
         )
         return self.out_proj(o_BTHK.flatten(-2)), state
+
+    def step(self, x_BD: Tensor, norm: Norm, base_BD: Tensor, state: State) -> Tensor:
+        qkv = linear_of_step(x_BD, self.qkv_proj, norm).split(self.widths, dim=-1)
+        q_BHK, k_BGK, v_BJK = (x.unflatten(-1, (-1, self.head_width)) for x in qkv)
+        base = self.config.rotary_base
+        frequency_K = None if base is None else rotary_frequency(self.head_width, base, x_BD.device)
+        o_BHK = attention_step(q_BHK, k_BGK, v_BJK, state, frequency_K=frequency_K)
+        return linear_of_step(o_BHK.flatten(-2), self.out_proj, base_BE=base_BD)
 
     @staticmethod
     def _positions(x_BTD: Tensor, state: KVCache | None, segments: Segments | None) -> Tensor:

@@ -90,3 +90,16 @@ class Block(nn.Module):
                 index += 1
             x_BTD = local_BTD
         return x_BTD, None if state is None else tuple(new_states)
+
+    def step(self, x_BD: Tensor, state: tuple[State, ...]) -> Tensor:
+        """`forward` of one token a row, without dropout; the state is overwritten."""
+        index = 0
+        for length in self.hop_lengths:
+            local_BD = x_BD
+            for step in range(length):
+                mixer: TokenMixer = self.mixers[index]  # type: ignore[assignment]
+                norm: Norm = self.norms[index]  # type: ignore[assignment]
+                local_BD = mixer.step(local_BD, norm, x_BD if step == length - 1 else local_BD, state[index])
+                index += 1
+            x_BD = local_BD
+        return x_BD

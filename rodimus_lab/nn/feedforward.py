@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer, TokenMixerConfig
+from rodimus_lab.nn.norm import Norm, linear_of_step
 from rodimus_lab.ops.segments import Segments
 
 
@@ -70,3 +71,8 @@ class FeedForward(TokenMixer):
         else:
             h_BTF = F.gelu(h)
         return self.out_proj(h_BTF), state
+
+    def step(self, x_BD: Tensor, norm: Norm, base_BD: Tensor, state: State) -> Tensor:
+        h = linear_of_step(x_BD, self.in_proj, norm)
+        gated = self.activation == "swiglu"
+        return linear_of_step(h if gated else F.gelu(h), self.out_proj, gated=gated, base_BE=base_BD)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rodimus_lab.config import Variant
+from rodimus_lab.errors import UserError
+from rodimus_lab.nn.norm import Norm
 from rodimus_lab.ops.segments import Segments
 
 State = Any  # A NamedTuple of tensors that the mixer owns; () for a mixer without memory.
@@ -56,6 +58,15 @@ class TokenMixer(nn.Module, ABC):
     def init_weights(self, init: Initializer) -> None:
         """Draw every parameter afresh."""
 
+    def step(self, x_BD: Tensor, norm: Norm, base_BD: Tensor, state: State) -> Tensor:
+        """base + mixer(norm(x)) for one token a row, without gradients; `state` becomes the state after it, in place.
+
+        To be overridden where it can be done in fewer kernels. The state must have room for the token.
+        """
+        y_B1D, new_state = self(norm(x_BD).unsqueeze(1), state)
+        overwrite(state, new_state)
+        return base_BD + y_B1D.squeeze(1)
+
 
 class TokenMixerConfig(Variant, ABC):
     """What a sublayer is, and what it costs, without building it."""
@@ -76,6 +87,17 @@ class TokenMixerConfig(Variant, ABC):
     @abstractmethod
     def state_bytes(self, d_model: int, batch: int, context: int, dtype: torch.dtype) -> int:
         """Bytes of the state tensors after `context` tokens."""
+
+
+def overwrite(state: State, new_state: State) -> None:
+    """Copy a state into the tensors of another. Raises `UserError` where it has outgrown them."""
+    if not isinstance(state, Tensor):
+        for part, new_part in zip(state, new_state, strict=True):
+            overwrite(part, new_part)
+    elif state.shape != new_state.shape:
+        raise UserError("the text has outgrown the state it is kept in; allocate that for a longer context")
+    elif state is not new_state:
+        state.copy_(new_state)
 
 
 def state_nbytes(state: State) -> int:

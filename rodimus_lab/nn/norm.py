@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rodimus_lab.ops.linear_step import RMS, linear_step
+
 NormKind = Literal["rms", "layer"]
 
 
@@ -43,5 +45,25 @@ class Norm(nn.Module):
             y = F.layer_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), self.bias.to(wide.dtype), self.eps)
         return y.to(x.dtype)
 
+    @property
+    def rms(self) -> RMS | None:
+        """What a kernel needs to know of it, where it is an RMSNorm."""
+        return RMS(self.weight, self.eps) if self.bias is None else None
+
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, kind={self.kind!r}, eps={self.eps}"
+
+
+def linear_of_step(
+    x_BD: Tensor,
+    linear: nn.Linear,
+    norm: Norm | None = None,
+    *,
+    gated: bool = False,
+    base_BE: Tensor | None = None,
+) -> Tensor:
+    """base + linear(act(norm(x))) of the few rows of a decoding step; see `linear_step`."""
+    if norm is not None and norm.rms is None:
+        x_BD, norm = norm(x_BD), None
+    rms = None if norm is None else norm.rms
+    return linear_step(x_BD, linear.weight, linear.bias, norm=rms, gated=gated, base_BE=base_BE)

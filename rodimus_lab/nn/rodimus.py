@@ -31,6 +31,7 @@ from rodimus_lab.config import Config
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer, TokenMixerConfig
 from rodimus_lab.nn.norm import Norm, at_least_fp32
 from rodimus_lab.ops.gated_linear import gated_linear
+from rodimus_lab.ops.rodimus_step import RodimusWeights, rodimus_step
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.short_conv import short_conv
 
@@ -247,6 +248,27 @@ class Rodimus(TokenMixer):
             return y_BTD, None
         assert conv_state is not None
         return y_BTD, RodimusState(conv_state.to(state.conv_BWM.dtype), memory.to(state.memory_B1nM.dtype))
+
+    def step(self, x_BD: Tensor, norm: Norm, base_BD: Tensor, state: State) -> Tensor:
+        weights = self._weights_of_step(norm)
+        if weights is None:
+            return super().step(x_BD, norm, base_BD, state)
+        return rodimus_step(x_BD, base_BD, state.conv_BWM, state.memory_B1nM, weights)
+
+    def _weights_of_step(self, norm: Norm) -> RodimusWeights | None:
+        """For `rodimus_step`, which knows the paper's model only."""
+        config, entry, leave = self.config, norm.rms, self.norm.rms
+        if not (config.learns_tau and config.key_norm and config.conv_width > 1) or self.value_decay is not None:
+            return None
+        if self.conv_weight is None or self.conv_bias is None or self.gate_bias is None or self.feedthrough is None:
+            return None
+        if self.value_gate is None or entry is None or leave is None:
+            return None
+        down, up = self.value_gate.down, self.value_gate.up
+        return RodimusWeights(
+            entry, self.fc.weight, self.conv_weight, self.conv_bias, self.state_proj.weight, self.gate_bias,
+            down.weight, up.weight, up.bias, self.feedthrough, leave, self.out_proj.weight,
+        )  # fmt: skip
 
     def _select(self, k_BTn: Tensor, gates: Tensor) -> tuple[Tensor | None, Tensor]:
         """log alpha = -g tau and alpha_hat * k = g^tau * k, all in float32."""

@@ -5,6 +5,8 @@ Shapes: B batch (or 1), T time, H heads, K head width.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,13 @@ from rodimus_lab.nn.norm import at_least_fp32
 def rotary_table(positions_BT: Tensor, width: int, base: float, dtype: torch.dtype) -> Tensor:
     """table_2BTK, K = width / 2: cosine and sine of positions * base^(-2i/width), in float32 (float64 for float64)."""
     return _table(positions_BT, width, base, dtype == torch.float64)
+
+
+@cache
+def rotary_frequency(width: int, base: float, device: torch.device) -> Tensor:
+    """frequency_K, K = width / 2, in float64: the angle that each pair is turned by from one position to the next."""
+    with torch.inference_mode(False):
+        return base ** -(torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
 
 
 # Opaque to the compiler, which would otherwise compute a cosine and a power for every element of q and k.
