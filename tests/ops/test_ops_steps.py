@@ -240,3 +240,67 @@ def test_the_same_bits_every_time() -> None:
         runs.append([y, *state, attention_step(q, k, v, KVCache(*ring), backend="triton"), *ring])
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+WIDE = {
+    "fp32": ("narrow_ptr", "narrow_out", "low_ptr", "low_out", "part_ptr", "top_ptr", "sum_ptr", "top_out", "sum_out")
+}
+WIDE |= {"i64": ("length_ptr",), "fp64": ("frequency_ptr",)}
+POINTERS = {name: kind for kind, names in WIDE.items() for name in names}
+LINEAR = {"D": 4096, "E": 2048, "B": 1, "BB": 1, "BE": 4, "BD": 2048, "NORM": True, "GATED": False}
+MEMORY = {"M": 4096, "N": 64, "BN": 64, "R": 16, "BR": 16}
+HEAD = {"K": 64, "V": 64, "BK": 32, "BV": 64, "P": 16, "BS": 64, "ROTARY": True}
+HOPPER = [
+    ("linear_step.triton", "_gemv_kernel", LINEAR | {"BIAS": False, "BASE": True}),
+    ("linear_step.triton", "_gemv_kernel", LINEAR | {"B": 8, "BB": 8, "BE": 2, "BIAS": True, "BASE": False}),
+    ("linear_step.triton", "_ready_kernel", {"D": 5464, "BD": 8192, "NORM": False, "GATED": True}),
+    (
+        "rodimus_step.triton",
+        "_enter_kernel",
+        {"D": 2048, "M": 4096, "W": 4, "BW": 4, "B": 1, "BB": 1, "BE": 4, "BD": 2048},
+    ),
+    ("rodimus_step.triton", "_conv_kernel", {"M": 4096, "W": 4, "BW": 4, "BM": 256}),
+    (
+        "rodimus_step.triton",
+        "_narrow_kernel",
+        {"M": 4096, "E": 256, "R": 16, "B": 1, "BB": 1, "BE": 2, "BD": 2048, "THREADS": 128, "PREFETCH": True},
+    ),
+    ("rodimus_step.triton", "_memory_kernel", MEMORY | {"BM": 32}),
+    ("attention.step_triton", "_stretch_kernel", HEAD | {"H": 32, "G": 1, "J": 32, "R": 1, "BR": 1}),
+    ("attention.step_triton", "_stretch_kernel", HEAD | {"H": 32, "G": 8, "J": 8, "R": 4, "BR": 16}),
+    ("attention.step_triton", "_join_kernel", {"H": 32, "V": 64, "BV": 64, "P": 16, "BP": 16}),
+]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in the compiler's place")
+@pytest.mark.parametrize(("module", "name", "constants"), HOPPER)
+def test_the_kernels_compile_for_hopper_without_one(module: str, name: str, constants: dict[str, Any]) -> None:
+    """To machine code, in which a kernel's weights are loaded before it waits for the one before it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"rodimus_lab.ops.{module}"), name)
+    constants = constants | {"PDL": True}
+    signature, divisible = {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument.endswith(("_ptr", "_out")):
+            signature[argument] = "*" + POINTERS.get(argument, "bf16")
+            divisible[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[argument] = "fp32" if argument in ("scale", "eps") else "i32"
+    fixed = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, fixed, divisible),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": 4, "launch_pdl": True},
+    )
+    assert compiled.asm["cubin"]
+    ptx = compiled.asm["ptx"]
+    before, after = ptx.split("griddepcontrol.wait", 1)
+    assert "griddepcontrol.launch_dependents" in before
+    assert ("ld.global" in before) == (name not in ("_ready_kernel", "_stretch_kernel", "_join_kernel"))
+    assert "st.global" not in before
+    assert "st.global" in after
