@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from rodimus_lab.bench import app as bench_app
 from rodimus_lab.config import did_you_mean
-from rodimus_lab.data import describe, list_corpora, load_tokenizer, padded_vocab_size, prepare
+from rodimus_lab.data import Tokenizer, describe, list_corpora, load_tokenizer, padded_vocab_size, prepare
 from rodimus_lab.doctor import examine
 from rodimus_lab.errors import UserError
 from rodimus_lab.experiment import EXPERIMENTS, REPORTS, Experiment, choose_budget
@@ -312,6 +313,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens.", min=1)] = None,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest that reach this probability.")] = 0.95,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text, which is one token; may be repeated.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Draw the same text every time.", min=0)] = None,
     device: Annotated[DeviceName | None, typer.Option(help="Default: cuda where there is one.")] = None,
 ) -> None:
@@ -326,11 +330,20 @@ def generate(
     except UnicodeEncodeError:
         raise UserError("the prompt is not valid UTF-8; give it in that encoding") from None
     ids = tokenizer.encode(prompt)
-    tokens = (next_B[0] for next_B in stream(model, [ids], max_new_tokens, sampling))
+    stop_ids = [_stop_token(tokenizer, text) for text in stop or ()]
+    drawn = (next_B[0] for next_B in stream(model, [ids], max_new_tokens, sampling, stop=[tokenizer.eos_id, *stop_ids]))
+    tokens = takewhile(lambda token: token not in stop_ids, drawn)
     print(prompt, end="", flush=True)
     for text in stream_text(tokenizer, ids, tokens):
         print(text, end="", flush=True)
     print()
+
+
+def _stop_token(tokenizer: Tokenizer, text: str) -> int:
+    ids = tokenizer.encode(text)
+    if len(ids) != 1:
+        raise UserError(f"{text!r} is {len(ids)} tokens of {tokenizer.name}, not one; give a stop of one token")
+    return ids[0]
 
 
 @data_app.command("list")

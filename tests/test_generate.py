@@ -213,7 +213,7 @@ def test_the_command_line_gives_all_of_the_text(cli, smoke_run, monkeypatch):
     text = " — déjà vu: 雨☂️."
     tokenizer = load_tokenizer("pydoc-4096")
     tokens = [token for byte in text.encode() for token in byte_tokens(tokenizer)[byte]]
-    monkeypatch.setattr(module, "stream", lambda *_: iter([[token] for token in [*tokens, tokenizer.eos_id, 5]]))
+    monkeypatch.setattr(module, "stream", lambda *_, **__: iter([[token] for token in [*tokens, tokenizer.eos_id, 5]]))
     result = cli("generate", smoke_run.id, "--prompt", "It was")
     assert result.out == f"It was{text}\n"
 
@@ -232,6 +232,23 @@ def byte_tokens(tokenizer):
     return {byte: [alphabet[name]] for byte, name in names.items()}
 
 
+def test_the_command_line_ends_before_a_stop(cli, smoke_run, monkeypatch):
+    from rodimus_lab import cli as module
+    from rodimus_lab.data import load_tokenizer
+
+    tokens = load_tokenizer("pydoc-4096").encode("one, two.\nthree")
+    given = {}
+
+    def fake(*_, **options):
+        given.update(options)
+        return iter([[token] for token in tokens])
+
+    monkeypatch.setattr(module, "stream", fake)
+    result = cli("generate", smoke_run.id, "--prompt", "It was ", "--stop", "\n", "--stop", "!")
+    assert result.out == "It was one, two.\n"
+    assert len(given["stop"]) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -242,6 +259,7 @@ def byte_tokens(tokenizer):
         (["--prompt", "a", "--top-k", "0"], "--top-k"),
         (["--prompt", "a", "--top-p", "2"], "top_p"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--prompt", "a", "--stop", "no single token"], "tokens of pydoc-4096, not one"),
         ([], "--prompt"),
     ],
 )
