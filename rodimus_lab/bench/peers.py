@@ -36,6 +36,7 @@ PARAMETER_TOLERANCE = 0.05
 LOSS_TOLERANCE = 1.0  # nats from ln V: fresh weights of deviation 0.02 give up to half a nat more
 DECODE_TOLERANCE = 0.1
 DECODE_STEPS, DECODE_WARMUP = 64, 8
+OUT_OF_MEMORY: Row = {"note": "out of memory", "out_of_memory": True}
 CHECKED_PROMPT, CHECKED_STEPS = 32, 3
 
 
@@ -350,7 +351,7 @@ def decode(name: str, size: str, batch: int, context: int, device: torch.device,
         peer = build(name, SIZES[size]._replace(context=context), device).to(dtype).eval()
         return row | {"params": parameters(peer)} | _decode(peer, SIZES[size].vocab_size, batch, context, device)
     except torch.OutOfMemoryError:
-        return row | {"note": "out of memory", "out_of_memory": True}
+        return row | OUT_OF_MEMORY
     except Exception as error:  # Whatever breaks in a peer must not cost the others their rows.
         return row | {"note": failure(error)}
 

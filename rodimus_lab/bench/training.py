@@ -19,7 +19,7 @@ import torch
 import typer
 
 from rodimus_lab.bench.measure import peak_bytes, seconds_of
-from rodimus_lab.bench.peers import PEERS, build, failure, parameters, wrong_loss
+from rodimus_lab.bench.peers import OUT_OF_MEMORY, PEERS, build, failure, parameters, wrong_loss
 from rodimus_lab.bench.result import AsJson, Column, Device, Result, Row, app, show, surroundings
 from rodimus_lab.config import did_you_mean
 from rodimus_lab.errors import UserError
@@ -38,7 +38,6 @@ from rodimus_lab.train.throughput import device_name, median, peak_flops, utiliz
 Precision = Literal["fp32", "bf16", "bf16-params"]
 MODELS = ("transformer++", "rodimus", "rodimus+")
 WARMUP = 3
-OUT_OF_MEMORY: Row = {"note": "out of memory", "out_of_memory": True}
 COLUMNS = (
     Column("model", "model"),
     Column("precision", "precision"),
