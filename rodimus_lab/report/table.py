@@ -23,7 +23,8 @@ class Cell:
 
     `value` None is missing. `digits` are those after the point; left out, a paper's number keeps its printed digits and
     any other number all it has. A measured number must name its run (several joined by "; "), corpus and budget; `std`
-    is the sample standard deviation over `count` runs with different seeds, of which `value` is the mean.
+    is the sample standard deviation over `count` runs with different seeds, of which `value` is the mean. `missing` is
+    what stands where there is no value.
     """
 
     value: float | str | None
@@ -37,6 +38,7 @@ class Cell:
     tokenizer: str | None = None
     std: float | None = None
     count: int = 1
+    missing: str = MISSING
 
     def __post_init__(self) -> None:
         if self.source == "measured" and self.value is not None and not (self.run_id and self.corpus and self.budget):
@@ -52,7 +54,7 @@ class Cell:
     def shown(self) -> str:
         """The value without its spread, as every writer prints it."""
         if self.value is None:
-            return MISSING
+            return self.missing
         if isinstance(self.value, str):
             return self.value
         if isinstance(self.value, Printed) and self.digits is None:

@@ -1,0 +1,121 @@
+"""Tables 14, 19 and 20: computed figures beside the paper's, speeds from benchmark records, gaps that say so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.efficiency import table14, table19, table20
+from rodimus_lab.experiment import REPORTS
+from rodimus_lab.records import PROJECT_ROOT, Record, load_records
+from rodimus_lab.report import PaperResults, Table, to_csv, to_markdown, write
+
+RESULTS = PROJECT_ROOT / "results"
+TRAIN = {"bench": "train", "size": "1.3b", "seq_len": 4096, "precision": "bf16"}
+DECODE = {"bench": "decode", "size": "1.3b", "dtype": "bfloat16"}
+
+
+def measured(
+    label: str, speed: float | None, *, device: str = "NVIDIA H200", finished: str = "1", **recipe: Any
+) -> Record:
+    metrics = {"note": "out of memory", "out_of_memory": True} if speed is None else {"tokens_per_second": speed}
+    return Record(
+        experiment="bench",
+        id=f"{label}-{abs(hash((speed, str(recipe)))):08x}"[:20],
+        label=label,
+        recipe=recipe,
+        env={},
+        metrics=metrics,
+        corpus="random tokens",
+        tokenizer="",
+        budget={"name": "bench", "steps": 20, "batch_size": 1},
+        device=device,
+        commit="abc",
+        finished=finished,
+        path=Path(),
+    )
+
+
+def column(table: Table, header: str) -> list[str]:
+    (index,) = [number for number, name in enumerate(table.headers) if name.startswith(header)]
+    return [row[index].text for row in table.rows]
+
+
+@pytest.mark.parametrize("make", [table14, table19, table20])
+def test_without_records_every_measurement_says_not_run(make: Any) -> None:
+    table = make([], PaperResults())
+    name = "Valid PPL" if make is table14 else "Tokens/s"
+    (index,) = [number for number, header in enumerate(table.headers) if header == name]
+    assert {row[index].text for row in table.rows} == {"not run"}
+    assert "not run" in to_markdown(table)
+    assert "does not close" in to_csv(table) or make is table14
+
+
+def test_table_19_sets_speeds_beside_the_papers() -> None:
+    records = [
+        measured("transformer", None, **TRAIN, backends={"attention": "naive"}),
+        measured("transformer", 9000.0, **TRAIN),
+        measured("mamba-ssm-mamba2", 8000.0, **TRAIN),
+        measured("rodimus", 100.0, **TRAIN),
+        measured("rodimus", 7000.0, **TRAIN, finished="2", compiled=True),
+        measured("rodimus", 1.0, **TRAIN | {"seq_len": 2048}),
+        measured("rodimus", 2.0, **TRAIN | {"size": "125m"}),
+        measured("fla-rodimus", 3.0, **TRAIN),
+        measured("rodimus", 4.0, **DECODE, context=4096),
+    ]
+    table = table19(records, PaperResults())
+    assert column(table, "Tokens/s, bf16") == ["OOM", "9,000", "8,000", "7,000", "not run"]
+    assert any("NVIDIA H200" in note and "batch 1" in note for note in table.closing_notes)
+    assert records[4].id in to_markdown(table)
+
+
+def test_devices_and_precisions_have_columns_of_their_own() -> None:
+    records = [
+        measured("rodimus", 1.0, **TRAIN),
+        measured("rodimus", 2.0, **TRAIN | {"precision": "bf16-params"}),
+        measured("rodimus", 3.0, **TRAIN, device="NVIDIA H100"),
+    ]
+    table = table19(records, PaperResults())
+    assert sum(header.startswith("Tokens/s") for header in table.headers) == 3
+    assert column(table, "Tokens/s, bf16-params")[3] == "2"
+
+
+def test_table_20_tells_contexts_apart() -> None:
+    records = [
+        measured("rodimus", 1000.0, **DECODE, context=4096),
+        measured("rodimus", 990.0, **DECODE, context=24 * 1024),
+        measured("rodimus", 980.0, **DECODE, context=65536),
+    ]
+    table = table20(records, PaperResults())
+    speeds = dict(
+        zip(zip(column(table, "Model"), column(table, "Context"), strict=True), column(table, "Tokens/s"), strict=True)
+    )
+    assert speeds["rodimus", "4k"] == "1,000.0"
+    assert speeds["rodimus", "24k"] == "990.0"
+    assert speeds["mamba2", "24k"] == "not run"
+    assert column(table, "Words/s")[5] == "OOM"
+
+
+def test_the_figures_are_the_accountings() -> None:
+    table = table20([], PaperResults())
+    assert column(table, "FLOPs, paper's rule")[:5] == ["3.633", "3.633", "2.891", "2.928", "3.490"]
+    assert column(table, "Memory, paper's rule")[:5] == ["805.306", "805.306", "0.786", "0.393", "207.815"]
+    assert column(table, "Memory, true")[:5] == ["805.306", "805.306", "50.332", "25.166", "220.201"]
+    notes = {row[0].text: row[4].note for row in table.rows}
+    assert notes.pop("mamba2") == "does not close: -3.6% from the 3.0 printed"
+    assert not any(notes.values())
+    assert column(table14([], PaperResults()), "Memory, paper's rule") == [
+        "75.497", "25.166", "44.040", "40.108", "14.942", "24.379",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["table14", "table19", "table20"])
+def test_the_committed_tables_are_those_of_the_committed_records(name: str, tmp_path: Path) -> None:
+    report = REPORTS[name]
+    records = [r for experiment in report.experiments for r in load_records(RESULTS / "runs", experiment=experiment)]
+    for path in write(report.make(records, PaperResults()), tmp_path, name):
+        assert path.read_bytes() == (RESULTS / "tables" / path.name).read_bytes(), (
+            f"{path.name} differs from what the records give; run `make tables` and commit it"
+        )
