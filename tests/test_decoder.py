@@ -180,10 +180,13 @@ def run_on(device: str, name: str, dtype: torch.dtype, batch: int, **options: An
     return logits, decoder.state
 
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CASES = [("rodimus+", dtype, batch) for dtype in DTYPES for batch in (1, 3, 64)]
+CASES += [(name, torch.float32, 2) for name in ("rodimus", "transformer++", "llama3", "transformer")]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("batch", [1, 3, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["rodimus", "rodimus+", "transformer++", "llama3", "transformer"])
+@pytest.mark.parametrize(("name", "dtype", "batch"), CASES)
 def test_the_graph_draws_what_the_definition_says(name: str, dtype: torch.dtype, batch: int) -> None:
     """Against float64 on the CPU; the graph against the same kernels without it, bit by bit."""
     graph, state = run_on("cuda", name, dtype, batch)

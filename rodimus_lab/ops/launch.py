@@ -15,12 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-try:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:  # Never called: `launch_options` then says PDL=False.
-    gdc_launch_dependents = gdc_wait = None
-
+__all__ = ["PREFETCH_BYTES", "gdc_launch_dependents", "gdc_wait", "launch_options", "prefetch"]
 PREFETCH_BYTES = tl.constexpr(1024)
 
 
@@ -31,8 +28,7 @@ def launch_options(x: Tensor) -> dict[str, Any]:
 
 @cache
 def _can_overlap(device: torch.device) -> bool:
-    nvidia = torch.version.cuda is not None
-    return gdc_wait is not None and nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit

@@ -217,7 +217,7 @@ def test_what_they_cannot_do_is_said() -> None:
 def test_real_shapes(B: int, dtype: torch.dtype) -> None:
     check_rodimus(B, 2048, 4096, 64, 16, 4, dtype)
     backend = "gemv" if B <= 8 else "gemm"
-    check_linear(B, 2048, 50277, dtype, backend, norm=True)
+    check_linear(B, 2048, 5001, dtype, backend, norm=True)
     check_linear(B, 5464, 2048, dtype, backend, gated=True, base=True)
     for kind in ("ska", "gqa", "mha"):
         lengths = torch.linspace(0, 5000, B).long().tolist()
@@ -300,7 +300,7 @@ def test_the_kernels_compile_for_hopper_without_one(module: str, name: str, cons
     assert compiled.asm["cubin"]
     ptx = compiled.asm["ptx"]
     before, after = ptx.split("griddepcontrol.wait", 1)
-    assert "griddepcontrol.launch_dependents" in before
+    assert ("griddepcontrol.launch_dependents" in before) != (name == "_narrow_kernel")
     assert ("ld.global" in before) == (name not in ("_ready_kernel", "_stretch_kernel", "_join_kernel"))
     assert "st.global" not in before
     assert "st.global" in after

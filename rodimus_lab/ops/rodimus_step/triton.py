@@ -100,7 +100,11 @@ def _narrow_kernel(
     B: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
     THREADS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs of the first cdiv(E, BE) have rows of the state's projection, the others of the value gate's."""
+    """Programs of the first cdiv(E, BE) have rows of the state's projection, the others of the value gate's.
+
+    The next kernel may start only once `enter` has ended. So neither `memory` nor the next step's `enter`, which read
+    the state before they wait, can overtake the kernel that wrote it.
+    """
     pid = tl.program_id(0)
     batch = tl.arange(0, BB)
     if PREFETCH:
@@ -109,8 +113,8 @@ def _narrow_kernel(
         row = pid * BE + tl.arange(0, BE)
         w = load_weights(w_ptr, row, 0, M, E, BD)
         if PDL:
-            gdc_launch_dependents()
             gdc_wait()
+            gdc_launch_dependents()
         y = weights_times_rows(w, w_ptr, row, c_ptr, M, c_ptr, 0.0, M, E, B, BB, BE, BD, False, False)
         inside = (row < E)[:, None] & (batch < B)[None, :]
         tl.store(narrow_out + batch[None, :] * E + row[:, None], y.to(narrow_out.dtype.element_ty), mask=inside)
@@ -118,8 +122,8 @@ def _narrow_kernel(
         row = (pid - tl.cdiv(E, BE)) * BE + tl.arange(0, BE)
         w = load_weights(down_ptr, row, 0, M, R, BD)
         if PDL:
-            gdc_launch_dependents()
             gdc_wait()
+            gdc_launch_dependents()
         y = weights_times_rows(w, down_ptr, row, xz_ptr, 2 * M, xz_ptr, 0.0, M, R, B, BB, BE, BD, False, False)
         inside = (row < R)[:, None] & (batch < B)[None, :]
         tl.store(low_out + batch[None, :] * R + row[:, None], y.to(low_out.dtype.element_ty), mask=inside)
