@@ -22,7 +22,7 @@ from rodimus_lab.records import RunDir, canonical_json, runs_root
 from rodimus_lab.registry import load_plugins
 
 EXPERIMENT = "bench"
-STEPS = {"train": "steps", "decode": "tokens"}  # benchmark -> its setting that says how much was timed
+RECORDED = ("train", "decode")
 OUTCOMES = frozenset({"params", "micro_batch_size", "note", "out_of_memory"})
 
 
@@ -32,8 +32,8 @@ def record_rows(report: Mapping[str, Any], root: Path) -> list[RunDir]:
     Raises `ValueError` where it is the report of another benchmark.
     """
     load_plugins()
-    if report.get("bench") not in STEPS:
-        raise ValueError(f"it holds no report of bench {' or bench '.join(STEPS)}")
+    if report.get("bench") not in RECORDED:
+        raise ValueError(f"it holds no report of bench {' or bench '.join(RECORDED)}")
     settings, environment, rows = report["settings"], report["environment"], report["rows"]
     return [
         _record(row, report["bench"], settings, environment, root)
@@ -58,7 +58,7 @@ def _record(row: Row, bench: str, settings: Row, environment: Row, root: Path) -
             "tokenizer": "",
             "budget": {
                 "name": "bench",
-                "steps": settings[STEPS[bench]],
+                "steps": settings["steps"] if bench == "train" else 1,  # Of decoding, the time of one step.
                 "batch_size": row["batch_size"],
             },
             "device": environment["device"],
