@@ -15,17 +15,27 @@ from torch.utils._pytree import tree_iter
 
 Call = Callable[[], Any]
 WARMUP = 2
+HEAD_START = 1.5
+CYCLES_PER_SECOND = 2e9  # Of the device's clock, at most.
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 
 
-def seconds_of(call: Call, device: torch.device, repeats: int, warmup: int = WARMUP) -> list[float]:
-    """Seconds of each of `repeats` calls after `warmup` untimed ones, on CUDA measured between events."""
+def seconds_of(
+    call: Call, device: torch.device, repeats: int, warmup: int = WARMUP, *, head_start: bool = False
+) -> list[float]:
+    """Seconds of each of `repeats` calls after `warmup` untimed ones, on CUDA measured between events.
+
+    With `head_start` the device idles until the host has launched the calls, so that kernels shorter than their launch
+    are timed and not the host.
+    """
     for _ in range(warmup):
         call()
     if device.type != "cuda":
         return [_by_the_clock(call) for _ in range(repeats)]
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     torch.cuda.synchronize(device)
+    if head_start:
+        torch.cuda._sleep(int(HEAD_START * repeats * _by_the_clock(call) * CYCLES_PER_SECOND))
     for start, end in events:
         start.record()
         call()
@@ -40,8 +50,10 @@ def _by_the_clock(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def median_seconds(call: Call, device: torch.device, repeats: int, warmup: int = WARMUP) -> float:
-    return statistics.median(seconds_of(call, device, repeats, warmup))
+def median_seconds(
+    call: Call, device: torch.device, repeats: int, warmup: int = WARMUP, *, head_start: bool = False
+) -> float:
+    return statistics.median(seconds_of(call, device, repeats, warmup, head_start=head_start))
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def errors(
         loss.backward()
         return [x.detach().cpu().double() for x in (o, final, *[leaf.grad for leaf in leaves])]
 
-    want, got = run("naive", "cpu", Tensor.double), run("triton", DEVICE, lambda x: x)
+    want, got = run("naive", DEVICE, Tensor.double), run("triton", DEVICE, lambda x: x)
     return {name: ((a - b).norm() / (b.norm() or 1.0)).item() for name, a, b in zip(NAMES, got, want, strict=True)}
 
 
@@ -97,6 +98,17 @@ def test_float32_at_odd_widths(key_width: int, value_width: int) -> None:
 @pytest.mark.parametrize("forgotten", [20.0, 1e4])
 def test_gates_that_forget_at_once(forgotten: float) -> None:
     check(errors((1, 80, 1, 16, 16), torch.float32, forgotten=forgotten, documents="packed"), torch.float32)
+
+
+@runs_kernels
+@pytest.mark.parametrize("documents", ["", "packed"])
+def test_time_is_split_where_little_else_is(documents: str) -> None:
+    from rodimus_lab.ops.gated_linear.triton import _plan_of
+
+    shape = (1, 1100, 1, 16, 16)
+    q = torch.empty(shape[:4], device=DEVICE)
+    assert _plan_of(q, q, None).stretches(directions=2)[0] > 1
+    check(errors(shape, torch.float32, documents=documents, gate=0.05), torch.float32)
 
 
 @runs_kernels
@@ -143,16 +155,8 @@ def test_what_it_cannot_do_is_said() -> None:
         gated_linear(q.double(), q.double(), q.double(), None, backend="triton")
 
 
-POINTERS = {"gate_ptr": "fp32", "decay_ptr": "fp32", "decay_out": "fp32", "state_ptr": "fp32", "final_ptr": "fp32"}
-POINTERS |= {
-    "dfinal_ptr": "fp32",
-    "dstate_out": "fp32",
-    "dscore_out": "fp32",
-    "ddecay_out": "fp32",
-    "dgate_out": "fp32",
-}
-POINTERS |= {"dq_ptr": "fp32", "dk_ptr": "fp32", "dscore_ptr": "fp32", "ddecay_ptr": "fp32", "document_ptr": "i32"}
-NARROW = {"H": 1, "K": 32, "BK": 32, "C": 64, "c": 16, "PACKED": True}
+FLOAT32 = ("gate", "decay", "sum", "start", "state", "end", "dscore", "ddecay", "dgate", "dq", "dk")
+NARROW = {"H": 1, "K": 32, "BK": 32, "KB": 32, "C": 64, "LEVELS": 6, "PACKED": True, "PRECISION": "tf32"}
 WIDE = {"H": 1, "BK": 64, "BV": 128, "C": 64, "PRECISION": "tf32"}
 
 
@@ -160,14 +164,14 @@ WIDE = {"H": 1, "BK": 64, "BV": 128, "C": 64, "PRECISION": "tf32"}
 @pytest.mark.parametrize(
     ("name", "constants"),
     [
-        ("_prepare_kernel", NARROW),
-        ("_walk_kernel", WIDE | {"OUTPUT": True}),
-        ("_boundary_kernel", WIDE),
+        ("_prepare_kernel", NARROW | {"AGAIN": False}),
+        ("_walk_kernel", WIDE),
+        ("_states_kernel", WIDE | {"D": 2, "KEEP": True}),
         ("_chunk_backward_kernel", WIDE | {"BV": 64}),
         ("_narrow_backward_kernel", NARROW),
     ],
 )
-def test_the_kernels_compile_for_hopper_without_one(name: str, constants: dict[str, int | str]) -> None:
+def test_the_kernels_compile_for_hopper_without_one(name: str, constants: dict[str, Any]) -> None:
     """To machine code; the interpreter takes programs that the compiler refuses."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -175,12 +179,15 @@ def test_the_kernels_compile_for_hopper_without_one(name: str, constants: dict[s
 
     kernels = importlib.import_module("rodimus_lab.ops.gated_linear.triton")
     kernel = getattr(kernels, name)
+    if "DOT" in kernel.arg_names:
+        constants = constants | {"DOT": triton.language.bfloat16}
     signature = {}
     for argument in kernel.arg_names:
         if argument in constants:
             signature[argument] = "constexpr"
         elif argument.endswith(("_ptr", "_out")):
-            signature[argument] = "*" + POINTERS.get(argument, "bf16")
+            kind = "i32" if argument == "document_ptr" else "fp32" if argument[:-4] in FLOAT32 else "bf16"
+            signature[argument] = "*" + kind
         else:
             signature[argument] = "fp32" if argument == "scale" else "i32"
     fixed = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}

@@ -126,8 +126,8 @@ def _one_step_why_not(length: int, **_: Any) -> str | None:
 declare(
     "gated_linear",
     Backend("step", one_step, _one_step_why_not),
-    Backend("chunked", chunked),
     Backend("triton", _triton, _triton_why_not),
+    Backend("chunked", chunked),
     Backend("fla", _fla, _fla_why_not),
     Backend("naive", naive),
     example={"length": 512, "beta": False, "packed": False, "dtype": torch.bfloat16, "key_width": 64},

@@ -25,20 +25,21 @@ def naive(
 ) -> tuple[Tensor, Tensor]:
     """O(T) matrix-vector steps in the state's dtype; see `gated_linear` for the arguments."""
     wide = state_BHKV.dtype
-    length = q_BTHK.shape[1]
     fresh_BT = None
     if segments is not None:
         documents_BT = segments.documents_BT
         before_BT = torch.cat([torch.zeros_like(documents_BT[:, :1]), documents_BT[:, :-1]], dim=1)
         fresh_BT = documents_BT != before_BT
+    # Unbound rather than indexed: the gradient of an index is as large as the whole sequence.
+    q, k, v, log_alpha = (x.to(wide).unbind(1) for x in (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK))
+    log_beta = None if log_beta_BTHV is None else log_beta_BTHV.to(wide).unbind(1)
     outputs = []
-    for t in range(length):
-        decay_BHKV = log_alpha_BTHK[:, t].to(wide).exp().unsqueeze(-1)
-        if log_beta_BTHV is not None:
-            decay_BHKV = decay_BHKV * log_beta_BTHV[:, t].to(wide).exp().unsqueeze(-2)
+    for t in range(len(q)):
+        decay_BHKV = log_alpha[t].exp().unsqueeze(-1)
+        if log_beta is not None:
+            decay_BHKV = decay_BHKV * log_beta[t].exp().unsqueeze(-2)
         if fresh_BT is not None:
             decay_BHKV = decay_BHKV.masked_fill(fresh_BT[:, t, None, None, None], 0.0)
-        write_BHKV = k_BTHK[:, t].to(wide).unsqueeze(-1) @ v_BTHV[:, t].to(wide).unsqueeze(-2)
-        state_BHKV = decay_BHKV * state_BHKV + write_BHKV
-        outputs.append(((scale * q_BTHK[:, t].to(wide)).unsqueeze(-2) @ state_BHKV).squeeze(-2))
+        state_BHKV = decay_BHKV * state_BHKV + k[t].unsqueeze(-1) @ v[t].unsqueeze(-2)
+        outputs.append(((scale * q[t]).unsqueeze(-2) @ state_BHKV).squeeze(-2))
     return torch.stack(outputs, dim=1).to(v_BTHV.dtype), state_BHKV
