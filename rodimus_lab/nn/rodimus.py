@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from rodimus_lab.config import Config
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer, TokenMixerConfig
 from rodimus_lab.nn.norm import Norm, at_least_fp32
+from rodimus_lab.ops.conv_gate import LowRankGate, conv_gate
 from rodimus_lab.ops.gated_linear import gated_linear
+from rodimus_lab.ops.gated_norm import gated_norm
 from rodimus_lab.ops.rodimus_step import RodimusWeights, rodimus_step
 from rodimus_lab.ops.segments import Segments
-from rodimus_lab.ops.short_conv import short_conv
 
 Positive = Annotated[int, Field(ge=1)]
 Open01 = Annotated[float, Field(gt=0, lt=1)]
@@ -151,6 +152,10 @@ class LowRank(nn.Module):
         nn.init.xavier_uniform_(self.up.weight, gain=XAVIER_GAIN)
         nn.init.zeros_(self.up.bias)
 
+    @property
+    def weights(self) -> LowRankGate:
+        return LowRankGate(self.down.weight, self.up.weight, self.up.bias)
+
     def forward(self, x_BTM: Tensor) -> Tensor:
         return self.up(self.down(x_BTM))
 
@@ -215,18 +220,20 @@ class Rodimus(TokenMixer):
     def forward(
         self, x_BTD: Tensor, state: State | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, State | None]:
-        x_BTM, z_BTM = self.fc(x_BTD).chunk(2, dim=-1)
-        conv, conv_state = x_BTM, None if state is None else state.conv_BWM
-        if self.conv_weight is not None:
-            conv, conv_state = short_conv(
-                x_BTM, self.conv_weight, self.conv_bias, state_BWD=conv_state, segments=segments
-            )
-        conv_BTM = F.silu(conv)
+        # Two products, not the halves of one: joining the halves' gradients would cost four trips through memory.
+        x_BTM, z_BTM = (F.linear(x_BTD, weight) for weight in self.fc.weight.chunk(2))
+        conv_BTM, v_BTM, conv_state = conv_gate(
+            x_BTM,
+            self.conv_weight,
+            self.conv_bias,
+            None if self.value_gate is None else self.value_gate.weights,
+            state_BWM=None if state is None else state.conv_BWM,
+            segments=segments,
+        )
         q_BTn, k_BTn, gates = self.state_proj(conv_BTM).split(
             [self.config.n, self.config.n, self.config.num_gate_rows], dim=-1
         )
         log_alpha_BTn, k_BTn = self._select(k_BTn, gates)
-        v_BTM = x_BTM if self.value_gate is None else self.value_gate(x_BTM).sigmoid() * x_BTM
         log_beta_BTM = None
         if self.value_decay is not None and self.config.beta is not None:
             log_beta_BTM = F.logsigmoid(at_least_fp32(self.value_decay(x_BTM))) / self.config.beta.temperature
@@ -240,10 +247,10 @@ class Rodimus(TokenMixer):
             state_BHKV=None if state is None else state.memory_B1nM,
             segments=segments,
         )
-        o_BTM = at_least_fp32(o_BT1M.squeeze(2))
-        if self.feedthrough is not None:
-            o_BTM = o_BTM + at_least_fp32(self.feedthrough) * conv_BTM
-        y_BTD = self.out_proj(self.norm(o_BTM * F.silu(z_BTM)).to(x_BTM.dtype))
+        y_BTM = gated_norm(
+            o_BT1M.squeeze(2), conv_BTM, z_BTM, self.feedthrough, self.norm.weight, eps=self.config.norm_eps
+        )
+        y_BTD = self.out_proj(y_BTM)
         if state is None:
             return y_BTD, None
         assert conv_state is not None

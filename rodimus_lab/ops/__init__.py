@@ -1,7 +1,9 @@
 from rodimus_lab.ops.attention import attention, attention_step
 from rodimus_lab.ops.backend import use_backend
+from rodimus_lab.ops.conv_gate import conv_gate
 from rodimus_lab.ops.cross_entropy import cross_entropy
 from rodimus_lab.ops.gated_linear import gated_linear
+from rodimus_lab.ops.gated_norm import gated_norm
 from rodimus_lab.ops.linear_step import linear_step
 from rodimus_lab.ops.rodimus_step import rodimus_step
 from rodimus_lab.ops.segments import Segments
@@ -11,8 +13,10 @@ __all__ = [
     "Segments",
     "attention",
     "attention_step",
+    "conv_gate",
     "cross_entropy",
     "gated_linear",
+    "gated_norm",
     "linear_step",
     "rodimus_step",
     "short_conv",

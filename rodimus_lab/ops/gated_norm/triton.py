@@ -1,0 +1,155 @@
+"""Feedthrough, output gate and RMSNorm in one pass, forward and backward.
+
+A trip is one tensor of tokens x M read or written. Forward: o, x' and z read, y written, and one number a token kept.
+Backward: dy, o, x' and z read, do and dz written. dx' is feedthrough * do: it is left to torch, whose compiler makes it
+part of the sum with the other gradient of x' and never writes it.
+
+A program walks a stretch of rows with the parameters, and in the backward pass their gradients, in registers. The
+partial gradients are added up in a fixed order: the same inputs give the same bits.
+
+Shapes: N rows (tokens), M width (BM: padded to a power of two).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _forward_kernel(
+    o_ptr, x_ptr, z_ptr, feed_ptr, weight_ptr, y_out, rstd_out, N, M, L, o_row, x_row, z_row, eps, BM: tl.constexpr
+):  # fmt: skip
+    """L rows."""
+    m = tl.arange(0, BM)
+    in_m = m < M
+    feed = tl.load(feed_ptr + m, mask=in_m, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + m, mask=in_m, other=0.0).to(tl.float32)
+    first = tl.program_id(0).to(tl.int64) * L
+    for n in range(first, tl.minimum(first + L, N)):
+        o = tl.load(o_ptr + n * o_row + m, mask=in_m, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + n * x_row + m, mask=in_m, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + n * z_row + m, mask=in_m, other=0.0).to(tl.float32)
+        u = (o + feed * x) * z * tl.sigmoid(z)
+        rstd = tl.rsqrt(tl.sum(u * u, 0) / M + eps)
+        tl.store(y_out + n * M + m, (u * rstd * weight).to(y_out.dtype.element_ty), mask=in_m)
+        tl.store(rstd_out + n, rstd)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr, o_ptr, x_ptr, z_ptr, feed_ptr, weight_ptr, rstd_ptr, do_out, dz_out, dfeed_out, dweight_out,
+    N, M, L, dy_row, o_row, x_row, z_row, BM: tl.constexpr,
+):  # fmt: skip
+    """L rows."""
+    m = tl.arange(0, BM)
+    in_m = m < M
+    feed = tl.load(feed_ptr + m, mask=in_m, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + m, mask=in_m, other=0.0).to(tl.float32)
+    dfeed = tl.zeros([BM], tl.float32)
+    dweight = tl.zeros([BM], tl.float32)
+    first = tl.program_id(0).to(tl.int64) * L
+    for n in range(first, tl.minimum(first + L, N)):
+        dy = tl.load(dy_ptr + n * dy_row + m, mask=in_m, other=0.0).to(tl.float32)
+        o = tl.load(o_ptr + n * o_row + m, mask=in_m, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + n * x_row + m, mask=in_m, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + n * z_row + m, mask=in_m, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + n)
+        sigmoid = tl.sigmoid(z)
+        silu = z * sigmoid
+        fed = o + feed * x
+        normed = fed * silu * rstd
+        dweight += dy * normed
+        dnormed = dy * weight
+        du = rstd * (dnormed - normed * (tl.sum(dnormed * normed, 0) / M))
+        do = du * silu
+        dfeed += do * x
+        dz = du * fed * (sigmoid + silu * (1 - sigmoid))
+        tl.store(do_out + n * M + m, do.to(do_out.dtype.element_ty), mask=in_m)
+        tl.store(dz_out + n * M + m, dz.to(dz_out.dtype.element_ty), mask=in_m)
+    at = tl.program_id(0).to(tl.int64) * M + m
+    tl.store(dfeed_out + at, dfeed, mask=in_m)
+    tl.store(dweight_out + at, dweight, mask=in_m)
+
+
+# Programs a multiprocessor, and elements a thread: 16-byte loads, and few enough registers for those programs.
+FORWARD = {"programs": 4, "elements": 16}
+BACKWARD = {"programs": 2, "elements": 8}
+
+
+def _launch(x: Tensor, rows: int, *, programs: int, elements: int) -> tuple[int, int, dict[str, int]]:
+    """Programs, rows of each, padded width and warps."""
+    width = triton.next_power_of_2(x.shape[-1])
+    wanted = programs * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1)
+    each = triton.cdiv(rows, wanted)
+    warps = min(16, max(1, width // (32 * elements)))
+    return triton.cdiv(rows, each), each, {"BM": width, "num_warps": warps}
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., M) -> (N, M) with contiguous rows, without a copy for the halves of a wider tensor."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+@torch.library.custom_op("rodimus_lab::gated_norm", mutates_args=())
+def _forward(o: Tensor, x: Tensor, z: Tensor, feedthrough: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y, and 1 / root of each row's mean square."""
+    y, M = o.new_empty(o.shape), o.shape[-1]
+    rstd = o.new_empty(o.shape[:-1], dtype=torch.float32)
+    o, x, z = _rows(o), _rows(x), _rows(z)
+    N = o.shape[0]
+    programs, each, sizes = _launch(o, N, **FORWARD)
+    _forward_kernel[(programs,)](
+        o, x, z, feedthrough, weight, y, rstd, N, M, each, o.stride(0), x.stride(0), z.stride(0), eps, **sizes
+    )
+    return y, rstd
+
+
+@_forward.register_fake
+def _(o: Tensor, x: Tensor, z: Tensor, feedthrough: Tensor, weight: Tensor, eps: float) -> Any:
+    return o.new_empty(o.shape), o.new_empty(o.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("rodimus_lab::gated_norm_backward", mutates_args=())
+def _backward(
+    o: Tensor, x: Tensor, z: Tensor, feedthrough: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    do, dz, M = o.new_empty(o.shape), z.new_empty(z.shape), o.shape[-1]
+    o, x, z, dy = _rows(o), _rows(x), _rows(z), _rows(dy)
+    N = o.shape[0]
+    programs, each, sizes = _launch(o, N, **BACKWARD)
+    dfeed, dweight = (o.new_empty(programs, M, dtype=torch.float32) for _ in range(2))
+    _backward_kernel[(programs,)](
+        dy, o, x, z, feedthrough, weight, rstd, do, dz, dfeed, dweight, N, M, each,
+        dy.stride(0), o.stride(0), x.stride(0), z.stride(0), **sizes,
+    )  # fmt: skip
+    return do, dz, dfeed.sum(0).to(feedthrough.dtype), dweight.sum(0).to(weight.dtype)
+
+
+@_backward.register_fake
+def _(o: Tensor, x: Tensor, z: Tensor, feedthrough: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor) -> Any:
+    return tuple(each.new_empty(each.shape) for each in (o, z, feedthrough, weight))
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:5], output[1])
+
+
+def _backward_of(ctx: Any, dy: Tensor, drstd: Tensor) -> Any:
+    """rstd is handed out for this pass only."""
+    _, x, _, feedthrough, *_ = ctx.saved_tensors
+    do, dz, dfeedthrough, dweight = _backward(*ctx.saved_tensors, dy)
+    return do, (do * feedthrough).to(x.dtype), dz, dfeedthrough, dweight, None
+
+
+_forward.register_autograd(_backward_of, setup_context=_setup_context)
+
+
+def fused(o_BTM: Tensor, x_BTM: Tensor, z_BTM: Tensor, feedthrough_M: Tensor, weight_M: Tensor, eps: float) -> Tensor:
+    """See `gated_norm`. Computes in float32."""
+    return _forward(o_BTM, x_BTM, z_BTM, feedthrough_M, weight_M, eps)[0]

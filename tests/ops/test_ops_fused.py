@@ -1,0 +1,244 @@
+"""The fused operators around the recurrence, conv_gate and gated_norm, against their definitions in float64: in
+Triton's interpreter on a CPU, for real on a GPU.
+
+Shapes: B batch, T time, M width, W convolution width, R rank.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rodimus_lab.errors import UserError
+from rodimus_lab.nn.mixer import Initializer
+from rodimus_lab.nn.rodimus import RodimusConfig
+from rodimus_lab.ops import Segments, conv_gate, gated_norm, use_backend
+from rodimus_lab.ops.conv_gate import LowRankGate
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+runs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="in the interpreter, by the first test here")
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 1e-2}
+PARAMETERS = ("down", "up", "up_bias", "weight", "bias", "feedthrough")
+Tensors = dict[str, Tensor]
+
+
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernels run in this process")
+def test_the_kernels_in_the_interpreter() -> None:
+    """In a process of its own: triton must see the variable when it is first imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout[-4000:]
+
+
+def errors(run: Callable[..., Any], inputs: Tensors, dtype: torch.dtype) -> dict[str, float]:
+    """||triton - naive|| / ||naive|| of every output and gradient. Tensors in `dtype`, parameters in float32, as under
+    autocast; the definition in float64 on the same numbers."""
+    inputs = {name: x.to(torch.float32 if name in PARAMETERS else dtype) for name, x in inputs.items()}
+
+    def outputs_and_gradients(backend: str, cast: Callable[[Tensor], Tensor]) -> Tensors:
+        leaves = {name: cast(x).to(DEVICE).clone().requires_grad_() for name, x in inputs.items()}
+        outputs = run(backend, **leaves)
+        generator = torch.Generator().manual_seed(7)
+        drawn = [torch.randn(y.shape, generator=generator).to(dtype) for y in outputs]
+        cotangents = [d.to(DEVICE, y.dtype) for d, y in zip(drawn, outputs, strict=True)]
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+        for x, gradient in zip(leaves.values(), gradients, strict=True):
+            assert gradient.dtype == x.dtype
+        named = {f"output {index}": y for index, y in enumerate(outputs)}
+        named |= {f"d{name}": gradient for name, gradient in zip(inputs, gradients, strict=True)}
+        return {name: x.detach().cpu().double() for name, x in named.items()}
+
+    want = outputs_and_gradients("naive", Tensor.double)
+    got = outputs_and_gradients("triton", lambda x: x)
+    return {name: ((got[name] - want[name]).norm() / (want[name].norm() or 1.0)).item() for name in want}
+
+
+def check(found: dict[str, float], dtype: torch.dtype) -> None:
+    wrong = {name: error for name, error in found.items() if not error <= TOLERANCE[dtype]}
+    assert not wrong, wrong
+
+
+def conv_gate_errors(
+    shape: tuple[int, int, int], dtype: torch.dtype, *, W: int = 4, R: int = 16, state: bool = False, ids: Any = None
+) -> dict[str, float]:
+    B, T, M = shape
+    # x is the left half of a wider tensor, as the projection gives it.
+    inputs = {
+        "xz": torch.randn(B, T, 2 * M),
+        "down": torch.randn(R, M) / M**0.5,
+        "up": torch.randn(M, R) / R**0.5,
+        "up_bias": torch.randn(M),
+        "weight": torch.randn(M, W),
+        "bias": torch.randn(M),
+    }
+    if state:
+        inputs["state"] = torch.randn(B, W - 1, M)
+    segments = None if ids is None else Segments(torch.as_tensor(ids, device=DEVICE))
+
+    def run(
+        backend: str, xz: Tensor, down: Tensor, up: Tensor, up_bias: Tensor, weight: Tensor, bias: Tensor, **more: Any
+    ) -> Any:
+        outputs = conv_gate(
+            xz[..., :M], weight, bias, LowRankGate(down, up, up_bias),
+            state_BWM=more.get("state"), segments=segments, backend=backend,
+        )  # fmt: skip
+        if segments is None:
+            return outputs
+        return *((y * segments.valid_BT.unsqueeze(-1)) for y in outputs[:2]), outputs[2]
+
+    return errors(run, inputs, dtype)
+
+
+def gated_norm_errors(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, float]:
+    B, T, M = shape
+    inputs = {"o": torch.randn(B, T, M), "x": torch.randn(B, T, M), "xz": torch.randn(B, T, 2 * M)}
+    inputs |= {"feedthrough": torch.randn(M), "weight": torch.randn(M)}
+
+    def run(backend: str, o: Tensor, x: Tensor, xz: Tensor, feedthrough: Tensor, weight: Tensor) -> Any:
+        return [gated_norm(o, x, xz[..., M:], feedthrough, weight, eps=1e-3, backend=backend)]
+
+    return errors(run, inputs, dtype)
+
+
+@runs_kernels
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 61])
+def test_conv_gate_at_odd_lengths(length: int, state: bool) -> None:
+    check(conv_gate_errors((2, length, 24), torch.float32, state=state), torch.float32)
+
+
+@runs_kernels
+@pytest.mark.parametrize(("width", "rank", "taps"), [(40, 3, 1), (136, 20, 2), (16, 32, 5)])
+def test_conv_gate_at_odd_widths(width: int, rank: int, taps: int) -> None:
+    check(conv_gate_errors((1, 67, width), torch.float32, W=taps, R=rank, state=taps > 1), torch.float32)
+
+
+@runs_kernels
+def test_conv_gate_over_several_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = importlib.import_module("rodimus_lab.ops.conv_gate.triton")
+    monkeypatch.setattr(kernels, "STRETCH", 2)
+    monkeypatch.setitem(kernels.BACKWARD_TILE, "BT", 16)
+    for state in (False, True):
+        check(conv_gate_errors((2, 100, 24), torch.float32, state=state), torch.float32)
+
+
+@runs_kernels
+def test_conv_gate_keeps_documents_and_padding_apart() -> None:
+    ids = torch.randint(0, 20, (2, 80)).sort(dim=1).values - 1
+    ids[0] = torch.arange(80) // 70 - (torch.arange(80) < 5).long()
+    check(conv_gate_errors((2, 80, 24), torch.float32, ids=ids), torch.float32)
+
+
+@runs_kernels
+@pytest.mark.parametrize("shape", [(2, 1, 24), (1, 5, 256), (2, 9, 40)])
+def test_gated_norm_at_odd_sizes(shape: tuple[int, int, int]) -> None:
+    check(gated_norm_errors(shape, torch.float32), torch.float32)
+
+
+@runs_kernels
+def test_float16() -> None:
+    check(conv_gate_errors((1, 70, 48), torch.float16), torch.float16)
+    check(gated_norm_errors((1, 7, 48), torch.float16), torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 2048, 4096), (32, 512, 1024), (3, 777, 1536), (1, 130, 3072)])
+def test_bfloat16_at_real_shapes(shape: tuple[int, int, int]) -> None:
+    check(conv_gate_errors(shape, torch.bfloat16, state=shape[0] == 3), torch.bfloat16)
+    check(gated_norm_errors(shape, torch.bfloat16), torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_the_same_bits_every_time() -> None:
+    x, z = torch.randn(4, 1000, 2048, device="cuda", dtype=torch.bfloat16).chunk(2, dim=-1)
+    weights = [
+        0.1 * torch.randn(*size, device="cuda") for size in ((1024, 4), (1024,), (16, 1024), (1024, 16), (1024,))
+    ]
+    leaves = [each.clone().requires_grad_() for each in (x, z, *weights)]
+    runs = []
+    for _ in range(3):
+        x, z, weight, bias, *gate = leaves
+        conv, v, _ = conv_gate(x, weight, bias, LowRankGate(*gate), backend="triton")
+        y = gated_norm(v, conv, z, bias, bias, eps=1e-5, backend="triton")
+        runs.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@runs_kernels
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_mixer_on_either_backend(compiled: bool) -> None:
+    """Compiled: traced whole, with the kernels as opaque operators."""
+    mixer = RodimusConfig(n=16).build(16)
+    mixer.init_weights(Initializer())
+    mixer = mixer.to(DEVICE)
+    u = torch.randn(2, 9, 16, device=DEVICE, requires_grad=True)
+    found = []
+    for backend in ("naive", "triton"):
+        with use_backend(conv_gate=backend, gated_norm=backend, gated_linear="chunked"):
+            run: Any = mixer
+            if compiled and backend == "triton":
+                run = torch.compile(mixer, backend="aot_eager", fullgraph=True)
+            y, _ = run(u)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [u, *mixer.parameters()])])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
+@runs_kernels
+def test_what_they_cannot_do_is_said() -> None:
+    x = torch.zeros(1, 2, 16, device=DEVICE)
+    with pytest.raises(UserError, match="a convolution with bias and a gate together"):
+        conv_gate(x, None, None, None, backend="triton")
+    with pytest.raises(UserError, match="no float64"):
+        gated_norm(x.double(), x, x, x[0, 0], x[0, 0], eps=1.0, backend="triton")
+    with pytest.raises(UserError, match="takes a feedthrough"):
+        gated_norm(x, x, x, None, x[0, 0], eps=1.0, backend="triton")
+
+
+FP32 = ("bias_ptr", "weight_ptr", "feed_ptr", "rstd_ptr", "rstd_out", "dh_out", "dup_out", "dup_bias_out")
+FP32 += ("up_bias_ptr", "dweight_out", "dbias_out", "dfeed_out")
+TILE = {"W": 4, "R": 16, "BR": 16, "BM": 128, "PRECISION": "tf32"}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in the compiler's place")
+@pytest.mark.parametrize(
+    ("operator", "name", "warps", "constants"),
+    [
+        ("conv_gate", "_forward_kernel", 4, TILE | {"BT": 32, "STATE": True, "PACKED": False}),
+        ("conv_gate", "_backward_kernel", 8, TILE | {"BT": 32, "G": 16, "STATE": False, "PACKED": True}),
+        ("gated_norm", "_forward_kernel", 8, {"BM": 4096}),
+        ("gated_norm", "_backward_kernel", 16, {"BM": 4096}),
+    ],
+)
+def test_the_kernels_compile_for_hopper_without_one(
+    operator: str, name: str, warps: int, constants: dict[str, int | str]
+) -> None:
+    """To machine code; the interpreter takes programs that the compiler refuses."""
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"rodimus_lab.ops.{operator}.triton"), name)
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument.endswith(("_ptr", "_out")):
+            signature[argument] = "*fp32" if argument in FP32 else "*i32" if argument == "id_ptr" else "*bf16"
+        else:
+            signature[argument] = "fp32" if argument == "eps" else "i32"
+    fixed = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
+    source = ASTSource(kernel, signature, fixed)
+    assert compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["cubin"]
