@@ -147,6 +147,31 @@ def test_the_same_bits_every_time() -> None:
 
 
 @runs_kernels
+@pytest.mark.parametrize("differentiate", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("vocab", [37, 64, 9000])
+def test_losses_of_logits_and_their_gradients_in_place(vocab: int, bias: bool, differentiate: bool) -> None:
+    """Rows with padding, longer than a block, and targets that do not count."""
+    from rodimus_lab.ops.cross_entropy.triton import losses_and_gradient
+
+    width, targets = -(-vocab // 64) * 64, torch.randint(0, vocab, (6,), device=DEVICE)
+    targets[2] = -100
+    logits = 4 * torch.randn(6, width, device=DEVICE)
+    shift = torch.randn(width, device=DEVICE) if bias else None
+    wide = (logits if shift is None else logits + shift)[:, :vocab].double().requires_grad_()
+    want = torch.nn.functional.cross_entropy(wide, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(want.sum(), wide)
+    given = logits.clone()
+    losses = losses_and_gradient(given, targets, shift, vocab, -100, differentiate)
+    torch.testing.assert_close(losses.double(), want.detach(), rtol=1e-5, atol=1e-5)
+    if not differentiate:
+        assert torch.equal(given, logits)
+        return
+    torch.testing.assert_close(given[:, :vocab].double(), gradient, rtol=1e-5, atol=1e-6)
+    assert not given[:, vocab:].any()
+
+
+@runs_kernels
 def test_what_it_cannot_do_is_said() -> None:
     q = torch.zeros(1, 2, 1, 16, device=DEVICE)
     with pytest.raises(UserError, match="no value gate"):
@@ -155,7 +180,7 @@ def test_what_it_cannot_do_is_said() -> None:
         gated_linear(q.double(), q.double(), q.double(), None, backend="triton")
 
 
-FLOAT32 = ("gate", "decay", "sum", "start", "state", "end", "dscore", "ddecay", "dgate", "dq", "dk")
+FLOAT32 = ("losses", "gate", "decay", "sum", "start", "state", "end", "dscore", "ddecay", "dgate", "dq", "dk")
 NARROW = {"H": 1, "K": 32, "BK": 32, "KB": 32, "C": 64, "LEVELS": 6, "PACKED": True, "PRECISION": "tf32"}
 WIDE = {"H": 1, "BK": 64, "BV": 128, "C": 64, "PRECISION": "tf32"}
 
@@ -169,6 +194,7 @@ WIDE = {"H": 1, "BK": 64, "BV": 128, "C": 64, "PRECISION": "tf32"}
         ("_states_kernel", WIDE | {"D": 2, "KEEP": True}),
         ("_chunk_backward_kernel", WIDE | {"BV": 64}),
         ("_narrow_backward_kernel", NARROW),
+        ("_cross_entropy_kernel", {"BLOCK": 8192, "BIAS": False, "DIFFERENTIATE": True}),
     ],
 )
 def test_the_kernels_compile_for_hopper_without_one(name: str, constants: dict[str, Any]) -> None:
@@ -177,8 +203,8 @@ def test_the_kernels_compile_for_hopper_without_one(name: str, constants: dict[s
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernels = importlib.import_module("rodimus_lab.ops.gated_linear.triton")
-    kernel = getattr(kernels, name)
+    operator = "cross_entropy" if name == "_cross_entropy_kernel" else "gated_linear"
+    kernel = getattr(importlib.import_module(f"rodimus_lab.ops.{operator}.triton"), name)
     if "DOT" in kernel.arg_names:
         constants = constants | {"DOT": triton.language.bfloat16}
     signature = {}
@@ -186,7 +212,8 @@ def test_the_kernels_compile_for_hopper_without_one(name: str, constants: dict[s
         if argument in constants:
             signature[argument] = "constexpr"
         elif argument.endswith(("_ptr", "_out")):
-            kind = "i32" if argument == "document_ptr" else "fp32" if argument[:-4] in FLOAT32 else "bf16"
+            whole = {"document_ptr": "i32", "targets_ptr": "i64"}
+            kind = whole.get(argument, "fp32" if argument[:-4] in FLOAT32 else "bf16")
             signature[argument] = "*" + kind
         else:
             signature[argument] = "fp32" if argument == "scale" else "i32"

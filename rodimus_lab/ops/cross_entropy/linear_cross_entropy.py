@@ -10,7 +10,6 @@ Shapes: N tokens (any leading shape), D model width, V vocabulary.
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rodimus_lab.ops.backend import Backend, choose, declare
+from rodimus_lab.ops.triton_facts import why_no_triton
 
 ALIGN = {"cuda": 64}
 CHUNK_ELEMENTS = {"cuda": 1 << 29, "cpu": 1 << 24}
@@ -100,14 +100,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dx_ND = torch.empty_like(x_ND) if differentiate else None
             dweight = torch.zeros_like(weight, dtype=wide) if differentiate else None
             dbias = torch.zeros_like(bias) if differentiate and bias is not None else None
-            losses_of, gradient_of = _kernels(device)
+            losses_of = _losses_of(device, wide)
             for rows in _chunks(x.shape[0], vocab, device):
                 logits = x[rows] @ weight.T
-                losses, log_sum = losses_of(logits, targets_N[rows], bias, vocab, ignore_index)
-                total += losses.sum()
+                total += losses_of(logits, targets_N[rows], bias, vocab, ignore_index, differentiate).sum()
                 if dx_ND is None or dweight is None:
                     continue
-                dlogits = gradient_of(logits, log_sum, targets_N[rows], bias, vocab, ignore_index)
+                dlogits = logits  # Overwritten by the losses' gradients.
                 dx_ND[rows] = (dlogits @ weight).to(dx_ND.dtype)
                 dweight += dlogits.T @ x[rows]
                 if dbias is not None:
@@ -126,49 +125,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dx_ND, dweight, None, dbias, None, None
 
 
-def _losses(
-    logits: Tensor, targets: Tensor, bias: Tensor | None, vocab: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    wide = _widen(logits, bias, vocab)
-    log_sum = wide.logsumexp(-1)
-    counted = targets != ignore_index
-    chosen = wide.gather(-1, torch.where(counted, targets, 0).unsqueeze(-1)).squeeze(-1)
-    return torch.where(counted, log_sum - chosen, 0.0), log_sum
-
-
-def _gradient_by_comparison(
-    logits: Tensor, log_sum: Tensor, targets: Tensor, bias: Tensor | None, vocab: int, ignore_index: int
+def _losses_and_gradient(
+    logits: Tensor, targets: Tensor, bias: Tensor | None, vocab: int, ignore_index: int, differentiate: bool
 ) -> Tensor:
-    """One fused pass where a compiler makes it one."""
-    target = torch.arange(logits.shape[-1], device=logits.device) == targets.unsqueeze(-1)
-    dlogits = (_widen(logits, bias, vocab) - log_sum.unsqueeze(-1)).exp() - target.to(log_sum.dtype)
-    return torch.where((targets == ignore_index).unsqueeze(-1), 0.0, dlogits).to(logits.dtype)
-
-
-def _gradient_by_scatter(
-    logits: Tensor, log_sum: Tensor, targets: Tensor, bias: Tensor | None, vocab: int, ignore_index: int
-) -> Tensor:
-    """The same in few eager passes."""
-    counted = (targets != ignore_index).unsqueeze(-1)
-    dlogits = (_widen(logits, bias, vocab) - log_sum.unsqueeze(-1)).exp_().mul_(counted)
-    chosen = torch.where(counted, targets.unsqueeze(-1), 0)
-    return dlogits.scatter_add_(-1, chosen, -counted.to(dlogits.dtype)).to(logits.dtype)
-
-
-def _widen(logits: Tensor, bias: Tensor | None, vocab: int) -> Tensor:
+    """losses_N; with `differentiate`, `logits` holds their gradients afterwards."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if bias is not None:
         wide = wide + bias
-    if vocab == logits.shape[-1]:
-        return wide
-    return torch.where(torch.arange(logits.shape[-1], device=logits.device) < vocab, wide, float("-inf"))
+    wide = wide[:, :vocab]
+    log_sum = wide.logsumexp(-1, keepdim=True)
+    counted = (targets != ignore_index).unsqueeze(-1)
+    target = torch.where(counted, targets.unsqueeze(-1), 0)
+    losses = torch.where(counted, log_sum - wide.gather(-1, target), 0.0).squeeze(-1)
+    if differentiate:
+        dlogits = (wide - log_sum).exp_().mul_(counted)
+        logits[:, :vocab] = dlogits.scatter_add_(-1, target, -counted.to(dlogits.dtype))
+        logits[:, vocab:] = 0.0
+    return losses
 
 
-@cache
-def _kernels(device: str) -> tuple[Any, Any]:
-    if device == "cuda":
-        return torch.compile(_losses, dynamic=False), torch.compile(_gradient_by_comparison, dynamic=False)
-    return _losses, _gradient_by_scatter
+def _losses_of(device: str, wide: torch.dtype) -> Any:
+    if wide == torch.float32 and why_no_triton(device) is None:
+        from rodimus_lab.ops.cross_entropy.triton import losses_and_gradient
+
+        return losses_and_gradient
+    return _losses_and_gradient
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
