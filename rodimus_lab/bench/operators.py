@@ -2,7 +2,8 @@
 
 The shapes on CUDA are those of the 1.3B configuration and of WikiText-103; on a CPU they are small.
 
-Shapes: B batch, T time, H query heads, G key heads, J value heads, K key width, V value width, D channels, W taps.
+Shapes: B batch, T time, H query heads, G key heads, J value heads, K key width, V value width, D channels, W taps,
+R rank.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from rodimus_lab.bench.operator_peers import measure_peers
 from rodimus_lab.bench.race import Problem, Tensors, race
 from rodimus_lab.bench.result import AsJson, Column, Device, Repeats, Result, Row, app, show, surroundings
 from rodimus_lab.nn.heads import HeadKind, HeadSharing
-from rodimus_lab.ops import attention, gated_linear, short_conv
+from rodimus_lab.ops import attention, conv_gate, gated_linear, gated_norm, short_conv
+from rodimus_lab.ops.conv_gate import LowRankGate
 from rodimus_lab.registry import Registry
 from rodimus_lab.train.distributed import session
 
@@ -152,6 +154,54 @@ def short_conv_cases(scene: Scene) -> Iterator[Problem]:
         definition=lambda x: run(x, "taps"),
         output=torch.empty_like(inputs["x"], device="meta"),
         compilable=frozenset({"taps"}),
+    )
+
+
+@CASES.register("conv_gate")
+def conv_gate_cases(scene: Scene) -> Iterator[Problem]:
+    """Parameters in float32, as under autocast; so in the next."""
+    B, T = scene.size(*((4, 4096) if scene.cuda else (1, 512)))
+    D, W, R = (4096 if scene.cuda else 1024), 4, 16
+    parameters = {"weight": (D, W), "bias": (D,), "down": (R, D), "up": (D, R), "gate_bias": (D,)}
+    inputs = {"x": scene.draw(B, T, D)}
+    inputs |= {name: scene.draw(*shape, dtype=torch.float32) for name, shape in parameters.items()}
+    inputs["down"] /= D**0.5
+
+    def run(x: Tensors, backend: str) -> tuple[Tensor, ...]:
+        gate = LowRankGate(x["down"], x["up"], x["gate_bias"])
+        return conv_gate(x["x"], x["weight"], x["bias"], gate, backend=backend)[:2]
+
+    yield Problem(
+        operator="conv_gate",
+        case=f"B{B} T{T} D{D} W{W} rank {R}",
+        shape={"batch": B, "length": T, "channels": D, "taps": W, "rank": R},
+        inputs=inputs,
+        run=run,
+        definition=lambda x: run(x, "naive"),
+        output=(torch.empty_like(inputs["x"], device="meta"),) * 2,
+        compilable=frozenset({"naive"}),
+    )
+
+
+@CASES.register("gated_norm")
+def gated_norm_cases(scene: Scene) -> Iterator[Problem]:
+    B, T = scene.size(*((4, 4096) if scene.cuda else (1, 512)))
+    D = 4096 if scene.cuda else 1024
+    inputs = {name: scene.draw(B, T, D) for name in ("o", "x", "z")}
+    inputs |= {name: scene.draw(D, dtype=torch.float32) for name in ("feedthrough", "weight")}
+
+    def run(x: Tensors, backend: str) -> Tensor:
+        return gated_norm(x["o"], x["x"], x["z"], x["feedthrough"], x["weight"], eps=1e-5, backend=backend)
+
+    yield Problem(
+        operator="gated_norm",
+        case=f"B{B} T{T} D{D}",
+        shape={"batch": B, "length": T, "channels": D},
+        inputs=inputs,
+        run=run,
+        definition=lambda x: run(x, "naive"),
+        output=torch.empty_like(inputs["o"], device="meta"),
+        compilable=frozenset({"naive"}),
     )
 
 

@@ -19,6 +19,7 @@ from rodimus_lab.errors import UserError
 from rodimus_lab.ops.backend import OPERATORS, survey
 
 Tensors = Mapping[str, Tensor]
+Outputs = Tensor | tuple[Tensor, ...]
 Part = tuple[slice, ...]
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 WHOLE: Part = ()
@@ -30,17 +31,17 @@ class Problem:
 
     `run(inputs, backend)` is the call; `definition(inputs)` its slow, certain twin. `sample` says which part of an
     input decides the part `sample_output` of the output (an input that is not named is needed whole). `output` is a
-    meta tensor like the output. `unmeasured` names backends that are left out at this size and says why;
-    `compilable` those that torch.compile may fuse.
+    meta tensor like the output, or a tuple of them if there are several. `unmeasured` names backends that are left out
+    at this size and says why; `compilable` those that torch.compile may fuse.
     """
 
     operator: str
     case: str
     shape: Mapping[str, int | str]
     inputs: Tensors
-    run: Callable[[Tensors, str], Tensor]
-    definition: Callable[[Tensors], Tensor]
-    output: Tensor
+    run: Callable[[Tensors, str], Outputs]
+    definition: Callable[[Tensors], Outputs]
+    output: Outputs
     sample: Mapping[str, Part] = field(default_factory=dict)
     sample_output: Part = WHOLE
     unmeasured: Mapping[str, str] = field(default_factory=dict)
@@ -49,6 +50,10 @@ class Problem:
     @property
     def device(self) -> torch.device:
         return next(iter(self.inputs.values())).device
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        return _several(self.output)
 
 
 def race(problem: Problem, repeats: int, bytes_per_second: float, *, compile: bool = False) -> list[Row]:
@@ -95,7 +100,7 @@ def describe(problem: Problem, name: str) -> Row:
 def _floors(problem: Problem, bytes_per_second: float) -> tuple[float, float]:
     """Seconds that the bytes of the forward pass, and of forward and backward, take to move."""
     read = sum(x.numel() * x.element_size() for x in problem.inputs.values())
-    written = problem.output.numel() * problem.output.element_size()
+    written = sum(x.numel() * x.element_size() for x in problem.outputs)
     return (read + written) / bytes_per_second, (3 * read + 2 * written) / bytes_per_second
 
 
@@ -115,7 +120,7 @@ def _attempt(measure: Callable[[], Row]) -> Row:
 def _measure(
     problem: Problem, backend: str, expected: _Expected, repeats: int, floors: tuple[float, float], compiled: bool
 ) -> Row:
-    def call(inputs: Tensors) -> Tensor:
+    def call(inputs: Tensors) -> Outputs:
         return problem.run(inputs, backend)
 
     run = torch.compile(call, dynamic=False) if compiled else call
@@ -126,14 +131,14 @@ def _measure(
             "note": f"wrong at {problem.case}: {where} is off by {error:.1e}; it gets no time",
         }
     leaves = {name: x.detach().requires_grad_() for name, x in problem.inputs.items()}
-    cotangent = torch.ones_like(problem.output, device=problem.device)
+    cotangents = [torch.ones_like(output, device=problem.device) for output in problem.outputs]
 
     def forward() -> None:
         with torch.no_grad():
             run(problem.inputs)
 
     def both() -> None:
-        torch.autograd.grad(run(leaves), list(leaves.values()), cotangent)
+        torch.autograd.grad(_several(run(leaves)), list(leaves.values()), cotangents)
 
     times = [median_seconds(each, problem.device, repeats, head_start=True) for each in (forward, both)]
     return {
@@ -154,32 +159,41 @@ class _Expected:
         self.problem = problem
         self.tolerance = TOLERANCE[next(iter(problem.inputs.values())).dtype]
         self._parts = [problem.sample.get(name, WHOLE) for name in problem.inputs]
-        self._drawn = torch.randn(problem.output[problem.sample_output].shape, device=problem.device)
-        self._values = _output_and_gradients(
+        shapes = [output[problem.sample_output].shape for output in problem.outputs]
+        self._drawn = [torch.randn(shape, device=problem.device) for shape in shapes]
+        self._values = _outputs_and_gradients(
             problem.definition,
             {name: problem.inputs[name][part].double() for name, part in zip(problem.inputs, self._parts, strict=True)},
             self._drawn,
         )
 
-    def error(self, run: Callable[[Tensors], Tensor]) -> tuple[float, str]:
+    def error(self, run: Callable[[Tensors], Outputs]) -> tuple[float, str]:
         """The largest relative error, |a - b| / |b| over all elements, and what it is of."""
         problem = self.problem
-        cotangent = torch.zeros_like(problem.output, device=problem.device)
-        cotangent[problem.sample_output] = self._drawn.to(cotangent.dtype)
-        values = _output_and_gradients(run, problem.inputs, cotangent)
-        parts = [problem.sample_output, *self._parts]
-        names = ["the output", *(f"the gradient of {name}" for name in problem.inputs)]
+        cotangents = [torch.zeros_like(output, device=problem.device) for output in problem.outputs]
+        for cotangent, drawn in zip(cotangents, self._drawn, strict=True):
+            cotangent[problem.sample_output] = drawn.to(cotangent.dtype)
+        values = _outputs_and_gradients(run, problem.inputs, cotangents)
+        parts = [problem.sample_output] * len(cotangents) + self._parts
+        names = ["the output"] * len(cotangents) + [f"the gradient of {name}" for name in problem.inputs]
         return max(
             (_relative_error(value[part], expected), name)
             for value, part, expected, name in zip(values, parts, self._values, names, strict=True)
         )
 
 
-def _output_and_gradients(run: Callable[[Tensors], Tensor], inputs: Tensors, cotangent: Tensor) -> list[Tensor]:
+def _several(outputs: Outputs) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _outputs_and_gradients(
+    run: Callable[[Tensors], Outputs], inputs: Tensors, cotangents: list[Tensor]
+) -> list[Tensor]:
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    output = run(leaves)
-    gradients = torch.autograd.grad(output, list(leaves.values()), cotangent.to(output.dtype))
-    return [output.detach(), *gradients]
+    outputs = _several(run(leaves))
+    cotangents = [cotangent.to(output.dtype) for cotangent, output in zip(cotangents, outputs, strict=True)]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+    return [*(output.detach() for output in outputs), *gradients]
 
 
 def _relative_error(value: Tensor, expected: Tensor) -> float:
