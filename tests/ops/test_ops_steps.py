@@ -265,7 +265,7 @@ HOPPER = [
         "_narrow_kernel",
         {"M": 4096, "E": 256, "R": 16, "B": 1, "BB": 1, "BE": 2, "BD": 2048, "THREADS": 128, "PREFETCH": True},
     ),
-    ("rodimus_step.triton", "_memory_kernel", MEMORY | {"BM": 32}),
+    ("rodimus_step.triton", "_memory_kernel", MEMORY | {"BM": 32, "THREADS": 128, "PREFETCH": True}),
     ("attention.step_triton", "_stretch_kernel", HEAD | {"H": 32, "G": 1, "J": 32, "R": 1, "BR": 1}),
     ("attention.step_triton", "_stretch_kernel", HEAD | {"H": 32, "G": 8, "J": 8, "R": 4, "BR": 16}),
     ("attention.step_triton", "_join_kernel", {"H": 32, "V": 64, "BV": 64, "P": 16, "BP": 16}),

@@ -6,7 +6,8 @@
     leave   base + RMSNorm(y) W_out
 
 For many rows the products go through the vendor's library and the convolution is a kernel of its own. `narrow` and
-`memory` read little themselves, so `narrow` also calls W_out into the L2 cache: memory never rests.
+`memory` read little themselves, so they call what will be read next into the L2 cache: `narrow` W_out, and `memory`
+the beginning of the weight that follows this sublayer. So the memory never rests.
 
 Shapes: see dispatch.py; BB, BN, BR: B, n and R padded to a power of two.
 """
@@ -25,6 +26,8 @@ from rodimus_lab.ops.linear_step.triton import gemm, gemv, load_weights, ready, 
 from rodimus_lab.ops.rodimus_step.weights import RodimusWeights
 
 PREFETCH_OUT = True
+# Of the following weight; W_out is in the cache as well then, and has to stay there until `leave` has read it.
+AHEAD_BYTES = 12 << 20
 
 
 @triton.jit
@@ -141,9 +144,10 @@ def _softplus(x):
 
 @triton.jit
 def _memory_kernel(
-    narrow_ptr, low_ptr, gate_bias_ptr, xz_ptr, c_ptr, up_ptr, up_bias_ptr, through_ptr, state_ptr, y_out, scale,
+    narrow_ptr, low_ptr, gate_bias_ptr, xz_ptr, c_ptr, up_ptr, up_bias_ptr, through_ptr, state_ptr, y_out,
+    ahead_ptr, ahead_bytes, scale,
     M: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
-    PDL: tl.constexpr,
+    THREADS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -156,6 +160,8 @@ def _memory_kernel(
     through = tl.load(through_ptr + m, mask=in_M, other=0.0).to(tl.float32)
     g_bias = tl.load(gate_bias_ptr + n, mask=in_N, other=0.0).to(tl.float32)
     tau_bias = tl.load(gate_bias_ptr + N + n, mask=in_N, other=0.0).to(tl.float32)
+    if PREFETCH:
+        prefetch(ahead_ptr, ahead_bytes, tl.program_id(0), THREADS)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -178,7 +184,17 @@ def _memory_kernel(
     tl.store(y_out + b * M + m, o * z * tl.sigmoid(z), mask=in_M)
 
 
-def fused(x: Tensor, base: Tensor, conv: Tensor, memory: Tensor, weights: RodimusWeights) -> Tensor:
+def _prefetchable(weight: Tensor | None, most: int) -> int:
+    """Bytes of a weight, at most `most`, that `prefetch` can be asked for; 0 where it cannot."""
+    if weight is None or weight.data_ptr() % 16 or not weight.is_contiguous():
+        return 0
+    nbytes = min(most, weight.numel() * weight.element_size()) // 16 * 16
+    return nbytes if nbytes >= PREFETCH_BYTES.value else 0
+
+
+def fused(
+    x: Tensor, base: Tensor, conv: Tensor, memory: Tensor, weights: RodimusWeights, ahead: Tensor | None
+) -> Tensor:
     """See `rodimus_step`. Sums in float32; y is kept in float32 up to the norm."""
     assert conv.is_contiguous()
     assert memory.is_contiguous()
@@ -188,9 +204,9 @@ def fused(x: Tensor, base: Tensor, conv: Tensor, memory: Tensor, weights: Rodimu
     E, R, N = weights.state_proj_EM.shape[0], weights.gate_down_RM.shape[0], memory.shape[-2]
     BW, BB = triton.next_power_of_2(W - 1), triton.next_power_of_2(B)
     options = launch_options(x)
-    later, later_bytes = weights.out_DM, weights.out_DM.numel() * weights.out_DM.element_size()
-    aligned = later.data_ptr() % 16 == 0 and later_bytes % 16 == 0 and later_bytes >= PREFETCH_BYTES.value
-    early = PREFETCH_OUT and options["PDL"] and aligned
+    early = options["PDL"] and B <= MAX_ROWS
+    out_bytes = _prefetchable(weights.out_DM, weights.out_DM.numel() * weights.out_DM.element_size() * PREFETCH_OUT)
+    ahead_bytes = _prefetchable(ahead, AHEAD_BYTES)
     c = x.new_empty(B, M, dtype=dtype)
     y = x.new_empty(B, M, dtype=torch.float32)
     if B <= MAX_ROWS:
@@ -203,8 +219,9 @@ def fused(x: Tensor, base: Tensor, conv: Tensor, memory: Tensor, weights: Rodimu
         narrow, low = x.new_empty(B, E, dtype=torch.float32), x.new_empty(B, R, dtype=torch.float32)
         size = tile(M, E + R, weights.state_proj_EM.element_size()) | {"BE": 2}
         _narrow_kernel[(triton.cdiv(E, 2) + triton.cdiv(R, 2),)](
-            c, xz, weights.state_proj_EM, weights.gate_down_RM, narrow, low, later, later_bytes,
-            M=M, E=E, R=R, B=B, BB=BB, THREADS=32 * size["num_warps"], PREFETCH=early, **size, **options,
+            c, xz, weights.state_proj_EM, weights.gate_down_RM, narrow, low, weights.out_DM, out_bytes,
+            M=M, E=E, R=R, B=B, BB=BB, THREADS=32 * size["num_warps"], PREFETCH=early and out_bytes > 0, **size,
+            **options,
         )  # fmt: skip
     else:
         xz = F.linear(ready(x, D, weights.norm, False, dtype), weights.fc_2MD)
@@ -215,8 +232,9 @@ def fused(x: Tensor, base: Tensor, conv: Tensor, memory: Tensor, weights: Rodimu
     width = 32 if B <= MAX_ROWS else 64  # One keeps all of the GPU busy, the other reads whole cache lines.
     _memory_kernel[(triton.cdiv(M, width), B)](
         narrow, low, weights.gate_bias_2n, xz, c, weights.gate_up_MR, weights.gate_up_bias_M, weights.feedthrough_M,
-        memory, y, N**-0.5, M=M, N=N, BN=triton.next_power_of_2(N), R=R, BR=triton.next_power_of_2(R), BM=width,
-        num_warps=4, **options,
+        memory, y, x if ahead is None else ahead, ahead_bytes, N**-0.5,
+        M=M, N=N, BN=triton.next_power_of_2(N), R=R, BR=triton.next_power_of_2(R), BM=width,
+        THREADS=128, PREFETCH=early and ahead_bytes > 0, num_warps=4, **options,
     )  # fmt: skip
     leave = gemv if B <= MAX_ROWS else gemm
     return leave(y, weights.out_DM, None, weights.out_norm, False, base, base.dtype)
