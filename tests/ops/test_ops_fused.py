@@ -128,8 +128,9 @@ def test_conv_gate_at_odd_widths(width: int, rank: int, taps: int) -> None:
 @runs_kernels
 def test_conv_gate_over_several_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = importlib.import_module("rodimus_lab.ops.conv_gate.triton")
-    monkeypatch.setattr(kernels, "STRETCH", 2)
-    monkeypatch.setitem(kernels.BACKWARD_TILE, "BT", 16)
+    monkeypatch.setattr(kernels, "STRETCH", 32)
+    for tile in (kernels.BACKWARD_TILE, kernels.GATE_TILE):
+        monkeypatch.setitem(tile, "BT", 16)
     for state in (False, True):
         check(conv_gate_errors((2, 100, 24), torch.float32, state=state), torch.float32)
 
@@ -210,6 +211,7 @@ def test_what_they_cannot_do_is_said() -> None:
 FP32 = ("bias_ptr", "weight_ptr", "feed_ptr", "rstd_ptr", "rstd_out", "dh_out", "dup_out", "dup_bias_out")
 FP32 += ("up_bias_ptr", "dweight_out", "dbias_out", "dfeed_out")
 TILE = {"W": 4, "R": 16, "BR": 16, "BM": 128, "PRECISION": "tf32"}
+GATE = {"R": 16, "BR": 16, "BM": 64, "BT": 128, "G": 32, "PRECISION": "tf32"}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in the compiler's place")
@@ -217,7 +219,8 @@ TILE = {"W": 4, "R": 16, "BR": 16, "BM": 128, "PRECISION": "tf32"}
     ("operator", "name", "warps", "constants"),
     [
         ("conv_gate", "_forward_kernel", 4, TILE | {"BT": 32, "STATE": True, "PACKED": False}),
-        ("conv_gate", "_backward_kernel", 8, TILE | {"BT": 32, "G": 16, "STATE": False, "PACKED": True}),
+        ("conv_gate", "_backward_kernel", 8, TILE | {"BT": 32, "BM": 64, "G": 32, "STATE": False, "PACKED": True}),
+        ("conv_gate", "_gate_kernel", 8, GATE),
         ("gated_norm", "_forward_kernel", 8, {"BM": 4096}),
         ("gated_norm", "_backward_kernel", 16, {"BM": 4096}),
     ],

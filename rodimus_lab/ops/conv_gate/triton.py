@@ -1,9 +1,9 @@
 """The short convolution and the value gate in one pass over x, forward and backward.
 
 A trip is one tensor of tokens x M read or written; the narrow tensors (h of rank R, the parameters' partial sums) are
-small beside it. Forward: x read, x' and v written. Backward: x, dx' and dv read, dx written; the convolution and the
-gate's logits are worked out again, the latter by a product of rank R on the spot. Then dx += dh W_1 in place, two trips
-more, since dh is a sum over all of M.
+small beside it. Forward: x read, x' and v written. Backward: x and dv read for dh, which is a sum over all of M; then
+x, dx' and dv read and dx written, with dh W_1 in it. The convolution and the gate's logits are worked out again, the
+latter by a product of rank R on the spot.
 
 dx_t needs dc (the gradient of what SiLU saw) of W tokens, and a program cannot shift a tile. So a tile of dc goes to a
 scratch as large as the tile, which stays in the cache, and comes back W times, shifted. The tile's last W-1 rows serve
@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.sigmoid import sigmoid
 
 
 @triton.jit
@@ -92,13 +93,13 @@ def _forward_kernel(
     v_out += row * M
 
     conv = _convolution(x_ptr, state_ptr, id_ptr, weight_ptr, bias_ptr, first, i, m, T, M, x_row, W, STATE, PACKED)
-    tl.store(conv_out + at, (conv * tl.sigmoid(conv)).to(conv_out.dtype.element_ty), mask=in_tile)
+    tl.store(conv_out + at, (conv * sigmoid(conv)).to(conv_out.dtype.element_ty), mask=in_tile)
 
     x = _inputs(x_ptr, state_ptr, id_ptr, first, i, 0, m, T, M, x_row, W, False, False)
     h = tl.load(h_ptr + row * R + (i[:, None] * R + r[None, :]), mask=in_t[:, None] & in_r[None, :], other=0.0)
     up = tl.load(up_ptr + m[:, None] * R + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
     up_bias = tl.load(up_bias_ptr + m, mask=in_m, other=0.0).to(tl.float32)
-    gate = tl.sigmoid(tl.dot(h, tl.trans(up), input_precision=PRECISION) + up_bias[None, :])
+    gate = sigmoid(tl.dot(h, tl.trans(up), input_precision=PRECISION) + up_bias[None, :])
     tl.store(v_out + at, (gate * x).to(v_out.dtype.element_ty), mask=in_tile)
 
 
@@ -116,14 +117,49 @@ def _settled(x):
 
 
 @triton.jit
+def _gate_kernel(
+    x_ptr, h_ptr, up_ptr, up_bias_ptr, dv_ptr, dh_out, dup_out, dup_bias_out, N, M, L, x_row, dv_row,
+    R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Backward, first: what the gate's logits owe to h, W_2 and b, over one block of the width and one stretch of the
+    N = B T tokens."""
+    blocks = tl.cdiv(M, BM)
+    block, stretch = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    m, r, i = block * BM + tl.arange(0, BM), tl.arange(0, BR), tl.arange(0, BT)
+    in_m, in_r = m < M, r < R
+    up = tl.load(up_ptr + m[:, None] * R + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
+    up_bias = tl.load(up_bias_ptr + m, mask=in_m, other=0.0).to(tl.float32)
+    dup = tl.zeros([BM, BR], tl.float32)
+    dup_bias = tl.zeros([G, BM], tl.float32)
+    for n in tl.range(L, num_stages=1):
+        first = (stretch * L + n) * BT
+        in_t = first + i < N
+        in_tile = in_t[:, None] & in_m[None, :]
+        in_h = in_t[:, None] & in_r[None, :]
+        at = i[:, None] * R + r[None, :]
+        h = tl.load(h_ptr + first * R + at, mask=in_h, other=0.0)
+        x = tl.load(x_ptr + first * x_row + (i[:, None] * x_row + m[None, :]), mask=in_tile, other=0.0)
+        dv = tl.load(dv_ptr + first * dv_row + (i[:, None] * dv_row + m[None, :]), mask=in_tile, other=0.0)
+        gate = sigmoid(tl.dot(h, tl.trans(up), input_precision=PRECISION) + up_bias[None, :])
+        dlogit = _settled(dv.to(tl.float32) * x.to(tl.float32) * gate * (1 - gate))
+        dup_bias += _sum_rows(dlogit, G)
+        dlogit = dlogit.to(h.dtype)
+        dup = tl.dot(tl.trans(dlogit), h, dup, input_precision=PRECISION)
+        dh = tl.dot(dlogit, up, input_precision=PRECISION)
+        tl.store(dh_out + (block.to(tl.int64) * N + first) * R + at, dh, mask=in_h)
+    at = stretch * M + m
+    tl.store(dup_out + at[:, None] * R + r[None, :], dup, mask=in_m[:, None] & in_r[None, :])
+    tl.store(dup_bias_out + at, tl.sum(dup_bias, 0), mask=in_m)
+
+
+@triton.jit
 def _backward_kernel(
-    x_ptr, h_ptr, up_ptr, up_bias_ptr, weight_ptr, bias_ptr, state_ptr, id_ptr, dconv_ptr, dv_ptr, scratch_ptr,
-    dx_out, dstate_out, dh_out, dup_out, dup_bias_out, dweight_out, dbias_out,
-    T, M, ROWS, STRETCHES, L, x_row, dconv_row, dv_row,
+    x_ptr, h_ptr, dh_ptr, down_ptr, up_ptr, up_bias_ptr, weight_ptr, bias_ptr, state_ptr, id_ptr, dconv_ptr, dv_ptr,
+    scratch_ptr, dx_out, dstate_out, dweight_out, dbias_out, T, M, STRETCHES, L, x_row, dconv_row, dv_row,
     W: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, G: tl.constexpr,
     STATE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of the width over one stretch of time. ROWS = B T."""
+    """Backward, second: dx and the convolution's parameters, over one block of the width and one stretch of time."""
     blocks = tl.cdiv(M, BM)
     block, stretch = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b = (stretch // STRETCHES).to(tl.int64)
@@ -132,10 +168,8 @@ def _backward_kernel(
     state_ptr += b * (W - 1) * M
     scratch_ptr += tl.program_id(0).to(tl.int64) * BT * BM
     in_scratch = i[:, None] * BM + tl.arange(0, BM)[None, :]
-
-    dup = tl.zeros([BM, BR], tl.float32)
     zero = tl.zeros([G, BM], tl.float32)
-    dup_bias, dbias, dweight = zero, zero, (zero,) * W
+    dbias, dweight = zero, (zero,) * W
     for n in tl.range(L, num_stages=1):
         first = ((stretch % STRETCHES) * L + n) * (BT - W + 1)
         if STATE:
@@ -143,16 +177,13 @@ def _backward_kernel(
         row = b * T + first
         x_tile, id_tile = x_ptr + row * x_row, id_ptr + row
         valid = (first + i >= 0) & (first + i < T)
-        mine = own & valid
-
         conv = _convolution(
             x_tile, state_ptr, id_tile, weight_ptr, bias_ptr, first, i, m, T, M, x_row, W, STATE, PACKED
         )
-        silu = tl.sigmoid(conv)
+        silu = sigmoid(conv)
         offset = i[:, None] * dconv_row + m[None, :]
-        dconv = tl.load(dconv_ptr + row * dconv_row + offset, mask=valid[:, None] & in_m[None, :], other=0.0).to(
-            tl.float32
-        )
+        in_tile = valid[:, None] & in_m[None, :]
+        dconv = tl.load(dconv_ptr + row * dconv_row + offset, mask=in_tile, other=0.0).to(tl.float32)
         dc = dconv * silu * (1 + conv * (1 - silu))
         tl.store(scratch_ptr + in_scratch, dc.to(scratch_ptr.dtype.element_ty))
         tl.debug_barrier()
@@ -170,40 +201,30 @@ def _backward_kernel(
             sum_so_far = dweight[ahead] + _sum_rows(dc * x, G)
             dweight = dweight[:ahead] + (sum_so_far,) + dweight[ahead + 1 :]  # noqa: RUF005 (Triton has no unpacking)
 
+        mine = own & valid
         in_tile = mine[:, None] & in_m[None, :]
         in_h = mine[:, None] & in_r[None, :]
-        in_narrow = i[:, None] * R + r[None, :]
-        h = tl.load(h_ptr + row * R + in_narrow, mask=in_h, other=0.0)
-        up = tl.load(up_ptr + m[:, None] * R + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
+        at = i[:, None] * R + r[None, :]
+        h = tl.load(h_ptr + row * R + at, mask=in_h, other=0.0)
+        dh = tl.load(dh_ptr + row * R + at, mask=in_h, other=0.0)
+        at = m[:, None] * R + r[None, :]
+        up = tl.load(up_ptr + at, mask=in_m[:, None] & in_r[None, :], other=0.0)
+        down = tl.load(down_ptr + at, mask=in_m[:, None] & in_r[None, :], other=0.0)
         up_bias = tl.load(up_bias_ptr + m, mask=in_m, other=0.0).to(tl.float32)
-        # Transposed, as BM fills the warps' rows where BT would not.
-        logit = tl.trans(tl.dot(up, tl.trans(h), input_precision=PRECISION)) + up_bias[None, :]
-        gate = tl.sigmoid(logit)
+        # Both products transposed, as BM fills the warps' rows where BT would not.
+        gate = sigmoid(tl.trans(tl.dot(up, tl.trans(h), input_precision=PRECISION)) + up_bias[None, :])
         offset = i[:, None] * dv_row + m[None, :]
         dv = tl.load(dv_ptr + row * dv_row + offset, mask=in_tile, other=0.0).to(tl.float32)
-        dx += dv * gate
-        dlogit = _settled(dv * x * gate * (1 - gate))
-        dup_bias += _sum_rows(dlogit, G)
-        dlogit = dlogit.to(h.dtype)
-        dup = tl.dot(tl.trans(dlogit), h, dup, input_precision=PRECISION)
-        dh = tl.dot(dlogit, up, input_precision=PRECISION)
-        tl.store(dh_out + (block.to(tl.int64) * ROWS + row) * R + in_narrow, dh, mask=in_h)
-
+        dx += dv * gate + tl.trans(tl.dot(down, tl.trans(dh), input_precision=PRECISION))
         tl.store(dx_out + row * M + (i[:, None] * M + m[None, :]), dx.to(dx_out.dtype.element_ty), mask=in_tile)
         if STATE:
             before = own & (first + i < 0)
             offset = (first + i + W - 1)[:, None] * M + m[None, :]
-            tl.store(
-                dstate_out + b * (W - 1) * M + offset,
-                dx.to(dstate_out.dtype.element_ty),
-                mask=before[:, None] & in_m[None, :],
-            )
+            at = dstate_out + b * (W - 1) * M + offset
+            tl.store(at, dx.to(dstate_out.dtype.element_ty), mask=before[:, None] & in_m[None, :])
         tl.debug_barrier()
 
-    at = stretch.to(tl.int64) * M + m
-    tl.store(dup_out + at[:, None] * R + r[None, :], dup, mask=in_m[:, None] & in_r[None, :])
-    tl.store(dup_bias_out + at, tl.sum(dup_bias, 0), mask=in_m)
-    tl.store(dbias_out + at, tl.sum(dbias, 0), mask=in_m)
+    tl.store(dbias_out + stretch.to(tl.int64) * M + m, tl.sum(dbias, 0), mask=in_m)
     for ahead in tl.static_range(W):
         tl.store(dweight_out + (stretch.to(tl.int64) * W + ahead) * M + m, tl.sum(dweight[ahead], 0), mask=in_m)
 
@@ -211,13 +232,20 @@ def _backward_kernel(
 # Elements of a 16-byte load of a 16-bit type.
 VECTOR = 8
 FORWARD_TILE = {"BT": 32, "BM": 128, "num_warps": 4}
-BACKWARD_TILE = {"BT": 32, "BM": 128, "num_warps": 8}
-# Tiles of a stretch at most. Longer ones leave fewer partial sums, shorter ones more programs.
-STRETCH = 8
+GATE_TILE = {"BT": 128, "BM": 64, "num_warps": 8}
+# Two programs a multiprocessor: one reads while the other waits for its scratch.
+BACKWARD_TILE = {"BT": 32, "BM": 64, "num_warps": 8, "maxnreg": 128}
+# Tokens of a stretch, about. Longer ones leave fewer partial sums, shorter ones more programs.
+STRETCH = 512
 
 
 def _fit(tile: dict[str, int], M: int) -> dict[str, int]:
     return tile | {"BM": min(tile["BM"], max(16, triton.next_power_of_2(M)))}
+
+
+def _rows_at_once(tile: dict[str, int]) -> int:
+    """Rows of a tile that the threads span with one load each."""
+    return min(tile["BT"], max(1, tile["num_warps"] * 32 * VECTOR // tile["BM"]))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -277,35 +305,40 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of the first seven, the state's empty without one."""
     B, T, M = x.shape
-    R, W = up.shape[1], weight.shape[1]
+    N, R, W = B * T, up.shape[1], weight.shape[1]
     rows, dconv, dv = _rows(x), _rows(dconv), _rows(dv)
-    tile = _fit(BACKWARD_TILE, M)
-    kept = tile["BT"] - W + 1
-    tiles = triton.cdiv(T + (0 if state is None else W - 1), kept)
-    stretches = triton.cdiv(tiles, STRETCH)
-    blocks, programs = triton.cdiv(M, tile["BM"]), B * stretches * triton.cdiv(M, tile["BM"])
+    low_up, low_down = up.to(x.dtype).contiguous(), down.T.to(x.dtype).contiguous()
+    constants = _constants(x, up, weight, state, ids)
 
     def partial(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=torch.float32)
 
-    dx, dh = x.new_empty(B * T, M), partial(blocks, B * T, R)
-    dstate = x.new_empty(0) if state is None else state.new_empty(state.shape)
-    dup, dup_bias = partial(B * stretches, M, R), partial(B * stretches, M)
-    dweight, dbias = partial(B * stretches, W, M), partial(B * stretches, M)
-    _backward_kernel[(programs,)](
-        rows, h, up.to(x.dtype).contiguous(), up_bias, _newest_first(weight), bias,
-        x if state is None else state.contiguous(), x if ids is None else ids,
-        dconv, dv, x.new_empty(programs, tile["BT"], tile["BM"]), dx, dstate, dh, dup, dup_bias, dweight, dbias,
-        T, M, B * T, stretches, triton.cdiv(tiles, stretches), rows.stride(0), dconv.stride(0), dv.stride(0),
-        G=min(tile["BT"], max(1, tile["num_warps"] * 32 * VECTOR // tile["BM"])), **tile,
-        **_constants(x, up, weight, state, ids),
+    tile = _fit(GATE_TILE, M)
+    each = triton.cdiv(STRETCH, tile["BT"])
+    blocks, stretches = triton.cdiv(M, tile["BM"]), triton.cdiv(N, each * tile["BT"])
+    dh, dup, dup_bias = partial(blocks, N, R), partial(stretches, M, R), partial(stretches, M)
+    _gate_kernel[(blocks * stretches,)](
+        rows, h, low_up, up_bias, dv, dh, dup, dup_bias, N, M, each, rows.stride(0), dv.stride(0),
+        **tile, **{name: constants[name] for name in ("R", "BR", "PRECISION")}, G=_rows_at_once(tile),
     )  # fmt: skip
     dh = dh.sum(0).to(x.dtype)
-    dx.addmm_(dh, down.to(x.dtype))
-    ddown = (dh.T @ rows).to(down.dtype)
+
+    tile = _fit(BACKWARD_TILE, M)
+    tiles = triton.cdiv(T + (0 if state is None else W - 1), tile["BT"] - W + 1)
+    stretches = triton.cdiv(tiles * tile["BT"], STRETCH)
+    programs = triton.cdiv(M, tile["BM"]) * B * stretches
+    dx, dstate = x.new_empty(B, T, M), x.new_empty(0) if state is None else state.new_empty(state.shape)
+    dweight, dbias = partial(B * stretches, W, M), partial(B * stretches, M)
+    _backward_kernel[(programs,)](
+        rows, h, dh, low_down, low_up, up_bias, _newest_first(weight), bias,
+        x if state is None else state.contiguous(), x if ids is None else ids, dconv, dv,
+        x.new_empty(programs, tile["BT"], tile["BM"]), dx, dstate, dweight, dbias,
+        T, M, stretches, triton.cdiv(tiles, stretches), rows.stride(0), dconv.stride(0), dv.stride(0),
+        **tile, **constants, G=_rows_at_once(tile),
+    )  # fmt: skip
     return (
-        dx.view(B, T, M),
-        ddown,
+        dx,
+        (dh.T @ rows).to(down.dtype),
         dup.sum(0).to(up.dtype),
         dup_bias.sum(0).to(up_bias.dtype),
         dweight.sum(0).flip(0).T.to(weight.dtype).contiguous(),

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rodimus_lab.ops.sigmoid import sigmoid
+
 
 @triton.jit
 def _forward_kernel(
@@ -34,7 +36,7 @@ def _forward_kernel(
         o = tl.load(o_ptr + n * o_row + m, mask=in_m, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + n * x_row + m, mask=in_m, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + n * z_row + m, mask=in_m, other=0.0).to(tl.float32)
-        u = (o + feed * x) * z * tl.sigmoid(z)
+        u = (o + feed * x) * z * sigmoid(z)
         rstd = tl.rsqrt(tl.sum(u * u, 0) / M + eps)
         tl.store(y_out + n * M + m, (u * rstd * weight).to(y_out.dtype.element_ty), mask=in_m)
         tl.store(rstd_out + n, rstd)
@@ -59,8 +61,8 @@ def _backward_kernel(
         x = tl.load(x_ptr + n * x_row + m, mask=in_m, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + n * z_row + m, mask=in_m, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + n)
-        sigmoid = tl.sigmoid(z)
-        silu = z * sigmoid
+        gate = sigmoid(z)
+        silu = z * gate
         fed = o + feed * x
         normed = fed * silu * rstd
         dweight += dy * normed
@@ -68,7 +70,7 @@ def _backward_kernel(
         du = rstd * (dnormed - normed * (tl.sum(dnormed * normed, 0) / M))
         do = du * silu
         dfeed += do * x
-        dz = du * fed * (sigmoid + silu * (1 - sigmoid))
+        dz = du * fed * (gate + silu * (1 - gate))
         tl.store(do_out + n * M + m, do.to(do_out.dtype.element_ty), mask=in_m)
         tl.store(dz_out + n * M + m, dz.to(dz_out.dtype.element_ty), mask=in_m)
     at = tl.program_id(0).to(tl.int64) * M + m
