@@ -180,7 +180,22 @@ def test_what_it_cannot_do_is_said() -> None:
         gated_linear(q.double(), q.double(), q.double(), None, backend="triton")
 
 
-FLOAT32 = ("losses", "gate", "decay", "sum", "start", "state", "end", "dscore", "ddecay", "dgate", "dq", "dk")
+FLOAT32 = (
+    "losses",
+    "dstart",
+    "dend",
+    "gate",
+    "decay",
+    "sum",
+    "start",
+    "state",
+    "end",
+    "dscore",
+    "ddecay",
+    "dgate",
+    "dq",
+    "dk",
+)
 NARROW = {"H": 1, "K": 32, "BK": 32, "KB": 32, "C": 64, "LEVELS": 6, "PACKED": True, "PRECISION": "tf32"}
 WIDE = {"H": 1, "BK": 64, "BV": 128, "C": 64, "PRECISION": "tf32"}
 
@@ -191,10 +206,10 @@ WIDE = {"H": 1, "BK": 64, "BV": 128, "C": 64, "PRECISION": "tf32"}
     [
         ("_prepare_kernel", NARROW | {"AGAIN": False}),
         ("_walk_kernel", WIDE),
-        ("_states_kernel", WIDE | {"D": 2, "KEEP": True}),
+        ("_states_kernel", WIDE | {"D": 2, "KEEP": True, "ZERO": False, "DZERO": True}),
         ("_chunk_backward_kernel", WIDE | {"BV": 64}),
         ("_narrow_backward_kernel", NARROW),
-        ("_cross_entropy_kernel", {"BLOCK": 8192, "BIAS": False, "DIFFERENTIATE": True}),
+        ("_cross_entropy_kernel", {"V": 50265, "P": 50304, "BLOCK": 8192, "BIAS": False, "DIFFERENTIATE": True}),
     ],
 )
 def test_the_kernels_compile_for_hopper_without_one(name: str, constants: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ CHUNK = 64
 MAX_KEY_WIDTH = 256
 # Programs of a walk that fill a GPU (an H200 has 132 multiprocessors, each with room for two), and the fewest chunks
 # that are worth a stretch of their own.
-ENOUGH_PROGRAMS = 192
+ENOUGH_PROGRAMS = 256
 MIN_STRETCH = 8
 # exp of less is 0 in float32 whatever else is added, so nothing is lost by stopping there.
 FLOOR = tl.constexpr(-110.0)
@@ -147,26 +147,27 @@ def _walk_kernel(
 
 @triton.jit
 def _states_kernel(
-    q_ptr, k_ptr, decay_ptr, v_ptr, do_ptr, start_ptr, states_out, dstates_out, end_ptr, T, V, N, LENGTH, BH,
+    q_ptr, k_ptr, decay_ptr, v_ptr, do_ptr, start_ptr, dstart_ptr, states_out, dstates_out, end_out, dend_out,
+    T, V, N, LENGTH,
     H: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, D: tl.constexpr, KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ZERO: tl.constexpr, DZERO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of values over one stretch, from its start to its end: forward, the states; in the other direction,
-    their gradients. `KEEP` stores the state entering each chunk and the gradient of the one leaving it."""
+    their gradients. `KEEP` stores the state entering each chunk and the gradient of the one leaving it, and of what the
+    stretch ends with only the gradient. `ZERO` and `DZERO` start from 0 in one and the other direction."""
     block, reverse = tl.program_id(0), tl.program_id(2) % D
     stretch, stretches = tl.program_id(2) // D, tl.num_programs(2) // D
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     row, col, value = tl.arange(0, C), tl.arange(0, BK), block * BV + tl.arange(0, BV)
     in_block = (value < V)[None, :]
-    in_state = col[:, None] * V + value[None, :]
-    at_state = ((reverse * BH + bh) * stretches + stretch) * BK * V
-    wide_ptr, narrow_ptr, out_ptr = v_ptr, k_ptr, states_out
+    in_state = (bh * stretches + stretch) * BK * V + (col[:, None] * V + value[None, :])
+    wide_ptr, narrow_ptr, kept_out, start, end, zero = v_ptr, k_ptr, states_out, start_ptr, end_out, ZERO
     if reverse:
-        wide_ptr, narrow_ptr, out_ptr = do_ptr, q_ptr, dstates_out
+        wide_ptr, narrow_ptr, kept_out, start, end, zero = do_ptr, q_ptr, dstates_out, dstart_ptr, dend_out, DZERO
     begin = stretch * LENGTH
     length = tl.minimum(LENGTH, N - begin)
-    state = tl.load(start_ptr + at_state + in_state, mask=in_block, other=0.0)
+    state = tl.load(start + in_state, mask=in_block & (zero == 0), other=0.0)
     for step in range(length):
         n = begin + tl.where(reverse != 0, length - 1 - step, step)
         first, chunk = ((b * T + n * C) * H + h) * V, bh * N + n
@@ -175,26 +176,30 @@ def _states_kernel(
         y = tl.load(narrow_ptr + chunk * C * BK + row[None, :] * BK + col[:, None])
         decay = tl.load(decay_ptr + chunk * BK + col)
         if KEEP:
-            tl.store(out_ptr + chunk * BK * V + in_state, state.to(states_out.dtype.element_ty), mask=in_block)
+            kept = kept_out + chunk * BK * V + (col[:, None] * V + value[None, :])
+            tl.store(kept, state.to(states_out.dtype.element_ty), mask=in_block)
         state = tl.dot(y, x, state * decay[:, None], input_precision=PRECISION)
-    tl.store(end_ptr + at_state + in_state, state, mask=in_block)
+    if not KEEP or reverse:
+        tl.store(end + in_state, state, mask=in_block)
 
 
 @triton.jit
 def _chain_kernel(
-    state_ptr, end_ptr, decay_ptr, start_out, V, S, BH,
-    BK: tl.constexpr, BV: tl.constexpr,
+    state_ptr, end_ptr, decay_ptr, start_out, V, S,
+    BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     """From the states that stretches end with when they start at zero to those that they truly start with."""
-    block, reverse = tl.program_id(0), tl.program_id(2)
+    block = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     col, value = tl.arange(0, BK), block * BV + tl.arange(0, BV)
     in_block = (value < V)[None, :]
     in_state = col[:, None] * V + value[None, :]
-    state = tl.load(state_ptr + (reverse * BH + bh) * BK * V + in_state, mask=in_block, other=0.0)
+    state = tl.zeros([BK, BV], tl.float32)
+    if not ZERO:
+        state = tl.load(state_ptr + bh * BK * V + in_state, mask=in_block, other=0.0)
     for step in range(S):
-        s = tl.where(reverse != 0, S - 1 - step, step)
-        at = ((reverse * BH + bh) * S + s) * BK * V + in_state
+        s = S - 1 - step if REVERSE else step
+        at = (bh * S + s) * BK * V + in_state
         tl.store(start_out + at, state, mask=in_block)
         decay = tl.load(decay_ptr + (bh * S + s) * BK + col)
         state = state * decay[:, None] + tl.load(end_ptr + at, mask=in_block, other=0.0)
@@ -391,33 +396,50 @@ def _prepare(
 
 
 def _states(
-    plan: _Plan, narrow: _Narrow, v: Tensor, do: Tensor, start: Tensor, length: int, keep: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """Walk every stretch from start_DBHSKV; the states, and with two directions their gradients, at its end."""
-    end, directions = torch.empty_like(start), start.shape[0]
-    grid = (triton.cdiv(plan.V, plan.BV), plan.B * plan.H, directions * start.shape[3])
-    _states_kernel[grid](
-        narrow.q, narrow.k, narrow.decay, v, do, start, *(keep or (v, v)), end, plan.T, plan.V, plan.N, length,
-        plan.B * plan.H, D=directions, KEEP=keep is not None, num_warps=4, num_stages=plan.stages, **plan.wide(plan.BV),
+    plan: _Plan,
+    narrow: _Narrow,
+    v: Tensor,
+    do: Tensor | None,
+    starts: tuple[Tensor | None, Tensor | None],
+    split: tuple[int, int],
+    kept: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Walk every stretch, with `do` in both directions; the states and their gradients at its end, both (B,H,S,BK,V).
+
+    A start that is None is zero.
+    """
+    stretches, length = split
+    ends = [v.new_empty(plan.B, plan.H, stretches, plan.BK, plan.V, dtype=torch.float32) for _ in range(2)]
+    directions = 1 if do is None else 2
+    _states_kernel[(triton.cdiv(plan.V, plan.BV), plan.B * plan.H, directions * stretches)](
+        narrow.q, narrow.k, narrow.decay, v, v if do is None else do,
+        *(end if start is None else start for start, end in zip(starts, ends, strict=True)),
+        *(kept or (v, v)), *ends, plan.T, plan.V, plan.N, length,
+        D=directions, KEEP=kept is not None, ZERO=starts[0] is None, DZERO=starts[1] is None,
+        num_warps=4, num_stages=plan.stages, **plan.wide(plan.BV),
     )  # fmt: skip
-    return end
+    return ends[0], ends[1]
 
 
-def _chain(plan: _Plan, decay: Tensor, state_DBHKV: Tensor, end_DBHSKV: Tensor, length: int) -> Tensor:
-    """start_DBHSKV, where stretches that started with zeros ended with `end_DBHSKV`."""
-    directions, B, H, S = end_DBHSKV.shape[:4]
+def _chain(
+    plan: _Plan, decay: Tensor, state: Tensor | None, end_BHSKV: Tensor, length: int, *, reverse: bool = False
+) -> Tensor:
+    """start_BHSKV, where stretches that started with zeros ended with `end_BHSKV`."""
+    B, H, S = end_BHSKV.shape[:3]
     over_stretch = F.pad(decay, (0, 0, 0, S * length - plan.N), value=1.0).unflatten(2, (S, length)).prod(3)
-    start = torch.empty_like(end_DBHSKV)
-    width = min(64, plan.BV)
-    _chain_kernel[(triton.cdiv(plan.V, width), B * H, directions)](
-        state_DBHKV, end_DBHSKV, over_stretch, start, plan.V, S, B * H, BK=plan.BK, BV=width, num_warps=4
-    )
+    start, width = torch.empty_like(end_BHSKV), min(64, plan.BV)
+    _chain_kernel[(triton.cdiv(plan.V, width), B * H)](
+        end_BHSKV if state is None else state, end_BHSKV, over_stretch, start, plan.V, S,
+        BK=plan.BK, BV=width, REVERSE=reverse, ZERO=state is None, num_warps=4,
+    )  # fmt: skip
     return start
 
 
-def _pad_keys(plan: _Plan, *states: Tensor) -> Tensor:
-    """state_DBHKV with padded keys."""
-    return F.pad(torch.stack(states), (0, 0, 0, plan.BK - plan.K)).contiguous()
+def _padded(plan: _Plan, state: Tensor | None) -> Tensor | None:
+    """A state whose keys are padded."""
+    if state is None or plan.BK == plan.K:
+        return None if state is None else state.contiguous()
+    return F.pad(state, (0, 0, 0, plan.BK - plan.K))
 
 
 def _plan_of(q: Tensor, v: Tensor, documents: Tensor | None) -> _Plan:
@@ -434,17 +456,18 @@ def _forward(
     plan = _plan_of(q, v, documents)
     narrow = _prepare(plan, q, k, gate, scale)
     stretches, length = plan.stretches(directions=1)
-    start = _pad_keys(plan, state)
+    start = _padded(plan, state)
     if stretches > 1:
-        zeros = start.new_zeros(*start.shape[:3], stretches, *start.shape[3:])
-        start = _chain(plan, narrow.decay, start, _states(plan, narrow, v, v, zeros, length, None), length)
+        end, _ = _states(plan, narrow, v, None, (None, None), (stretches, length))
+        start = _chain(plan, narrow.decay, start, end, length)
+    assert start is not None
     o, end = torch.empty_like(v), torch.empty_like(start)
     width, stages = plan.walk(stretches)
     _walk_kernel[(triton.cdiv(plan.V, width), plan.B * plan.H, stretches)](
         narrow.q, narrow.k, narrow.score, narrow.decay, v, start, o, end, plan.T, plan.V, plan.N, length,
         num_warps=4, num_stages=stages, **plan.wide(width),
     )  # fmt: skip
-    final = end[0] if stretches == 1 else end[0, :, :, -1]
+    final = end if stretches == 1 else end[:, :, -1]
     return o, final[:, :, : plan.K].contiguous(), narrow.sums, narrow.score
 
 
@@ -459,21 +482,22 @@ def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor, documents: T
 @torch.library.custom_op("rodimus_lab::gated_linear_backward", mutates_args=())
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, documents: Tensor | None, sums: Tensor, score: Tensor, scale: float,
-    do: Tensor, dfinal: Tensor,
+    do: Tensor, dfinal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, do = (x.contiguous() for x in (q, k, v, do))
     plan = _plan_of(q, v, documents)
     B, H, N, BK, K = plan.B, plan.H, plan.N, plan.BK, plan.K
     narrow = _prepare(plan, q, k, sums, scale, (sums, score))
-    stretches, length = plan.stretches(directions=2)
-    start = _pad_keys(plan, state, dfinal)
-    if stretches == 1:
-        start = start.unsqueeze(3)
-    else:
-        zeros = start.new_zeros(*start.shape[:3], stretches, *start.shape[3:])
-        start = _chain(plan, narrow.decay, start, _states(plan, narrow, v, do, zeros, length, None), length)
+    stretches, length = split = plan.stretches(directions=2)
+    starts = _padded(plan, state), _padded(plan, dfinal)
+    if stretches > 1:
+        ends = _states(plan, narrow, v, do, (None, None), split)
+        starts = (
+            _chain(plan, narrow.decay, starts[0], ends[0], length),
+            _chain(plan, narrow.decay, starts[1], ends[1], length, reverse=True),
+        )
     kept = v.new_empty(B, H, N, BK, plan.V), v.new_empty(B, H, N, BK, plan.V)
-    end = _states(plan, narrow, v, do, start, length, kept)
+    _, dstart = _states(plan, narrow, v, do, starts, split, kept)
     dv = torch.empty_like(v)
     dq_wide, dk_wide = torch.empty_like(sums), torch.empty_like(sums)
     ddecay, dscore = torch.empty_like(narrow.decay), torch.empty_like(score, dtype=torch.float32)
@@ -487,13 +511,13 @@ def _backward(
         q, k, sums if documents is None else documents, sums, dq_wide, dk_wide, dscore, ddecay, dq, dk, dgate,
         scale, plan.T, N, num_warps=4, num_stages=1, **sizes,
     )  # fmt: skip
-    return dq, dk, dv, dgate, end[1, :, :, 0, :K].contiguous()
+    return dq, dk, dv, dgate, dstart[:, :, 0, :K].contiguous()
 
 
 @_backward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, documents: Tensor | None, sums: Tensor, score: Tensor, scale: float,
-    do: Tensor, dfinal: Tensor,
+    do: Tensor, dfinal: Tensor | None,
 ) -> Any:  # fmt: skip
     dq, dk, dv, dstate = (x.new_empty(x.shape) for x in (q, k, v, state))
     return dq, dk, dv, q.new_empty(q.shape, dtype=torch.float32), dstate
@@ -503,10 +527,13 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, _, state, documents, ctx.scale = inputs
     _, _, sums, score = output
     ctx.mark_non_differentiable(sums, score)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, state, documents, sums, score)
 
 
-def _backward_of(ctx: Any, do: Tensor, dfinal: Tensor, *_: Any) -> Any:
+def _backward_of(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Any) -> Any:
+    if do is None:
+        do = torch.zeros_like(ctx.saved_tensors[2])
     return (*_backward(*ctx.saved_tensors, ctx.scale, do, dfinal), None, None)
 
 
