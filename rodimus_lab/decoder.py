@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rodimus_lab.errors import UserError
-from rodimus_lab.nn.mixer import overwrite, state_nbytes
+from rodimus_lab.nn.mixer import clear, overwrite, state_nbytes
 from rodimus_lab.nn.model import LanguageModel
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.sampling import Sampling, sample
@@ -29,6 +29,7 @@ class Decoder:
     `context` is the most tokens a row will have, prompt and new ones together; the memory is the state's for that many
     from the start, and no step takes more. A row that has drawn one of the tokens `stop` goes on repeating it.
     `capture` makes the step, from the embedding to the drawn token, one CUDA graph; by default where there is CUDA.
+    `state_dtype` is for `LanguageModel.init_state`.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class Decoder:
         *,
         stop: Sequence[int] = (),
         capture: bool | None = None,
+        state_dtype: torch.dtype | None = None,
     ):
         self.model, self.context, self.sampling = model, context, sampling or Sampling()
         device = model.embedding.weight.device
-        self.state = model.init_state(batch_size, context=context)
+        self.state = model.init_state(batch_size, context=context, dtype=state_dtype)
         self.token_B = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.finished_B = torch.zeros(batch_size, dtype=torch.bool, device=device)
         self.logits_BV: Tensor | None = None  # of the last step
@@ -95,7 +97,7 @@ class Decoder:
     @torch.no_grad()
     def reset(self) -> None:
         """Back to before the first token."""
-        overwrite(self.state, self.model.init_state(len(self.token_B), context=self.context))
+        clear(self.state)
         self.finished_B.zero_()
         self.room = self.context
         if self._generator is not None:

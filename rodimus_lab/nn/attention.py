@@ -97,7 +97,8 @@ class Attention(TokenMixer):
     ) -> State:
         window = self.config.keys_in_window
         slots = min(context if context is not None else window or 0, window or context or 0)
-        heads = self.config.heads
+        heads, weight = self.config.heads, self.qkv_proj.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
         return KVCache(
             torch.zeros(batch, slots, heads.num_key_heads, self.head_width, device=device, dtype=dtype),
             torch.zeros(batch, slots, heads.num_value_heads, self.head_width, device=device, dtype=dtype),

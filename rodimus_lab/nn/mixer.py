@@ -52,7 +52,9 @@ class TokenMixer(nn.Module, ABC):
         self, batch: int, *, context: int | None = None, device: Any = None, dtype: torch.dtype | None = None
     ) -> State:
         """The state before the first token. `context` is the most tokens that it will have to remember: a cache that
-        grows with the context is allocated to that size at once."""
+        grows with the context is allocated to that size at once. Unless `dtype` says it for all, what is only kept is
+        in the weights' dtype and what is added to at every token in at least float32: of a slow decay bfloat16 keeps
+        nothing."""
 
     @abstractmethod
     def init_weights(self, init: Initializer) -> None:
@@ -104,6 +106,15 @@ def overwrite(state: State, new_state: State) -> None:
         raise UserError("the text has outgrown the state it is kept in; allocate that for a longer context")
     elif state is not new_state:
         state.copy_(new_state)
+
+
+def clear(state: State) -> None:
+    """Make a state that of before the first token, which is zeros, in place."""
+    if isinstance(state, Tensor):
+        state.zero_()
+    else:
+        for part in state:
+            clear(part)
 
 
 def state_nbytes(state: State) -> int:

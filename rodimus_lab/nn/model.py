@@ -118,9 +118,8 @@ class LanguageModel(nn.Module):
     def init_state(
         self, batch: int, *, context: int | None = None, device: Any = None, dtype: torch.dtype | None = None
     ) -> ModelState:
-        """The state before the first token, on the model's own device and in its dtype unless told otherwise."""
-        weight = self.embedding.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
+        """The state before the first token, on the model's own device unless told otherwise; see `TokenMixer`."""
+        device = device or self.embedding.weight.device
         return ModelState(
             torch.zeros(batch, dtype=torch.long, device=device),
             tuple(

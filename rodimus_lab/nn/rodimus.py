@@ -211,10 +211,11 @@ class Rodimus(TokenMixer):
     def init_state(
         self, batch: int, *, context: int | None = None, device: Any = None, dtype: torch.dtype | None = None
     ) -> State:
-        m, config = self.norm.weight.numel(), self.config
+        weight, config = self.out_proj.weight, self.config
+        m, device, wide = weight.shape[1], device or weight.device, torch.promote_types(weight.dtype, torch.float32)
         return RodimusState(
-            torch.zeros(batch, max(config.conv_width - 1, 0), m, device=device, dtype=dtype),
-            torch.zeros(batch, 1, config.n, m, device=device, dtype=dtype),
+            torch.zeros(batch, max(config.conv_width - 1, 0), m, device=device, dtype=dtype or weight.dtype),
+            torch.zeros(batch, 1, config.n, m, device=device, dtype=dtype or wide),
         )
 
     def forward(

@@ -12,7 +12,7 @@ from rodimus_lab.config import ConfigError
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import IGNORE, LanguageModel
 from rodimus_lab.nn.zoo import MODELS, SIZES, Size, build_model, model_config
-from rodimus_lab.ops import Segments
+from rodimus_lab.ops import Segments, gated_linear
 
 TINY = Size("tiny", num_layers=2, d_model=16, num_heads=2, vocab_size=23, context=8)
 
@@ -64,11 +64,36 @@ def test_dropout_only_in_training() -> None:
     assert not torch.equal(model(ids)[0], model(ids)[0])
 
 
-def test_the_state_is_on_the_models_device_and_in_its_dtype() -> None:
-    state = tiny().bfloat16().init_state(2)
-    assert state.blocks[0][0].memory_B1nM.dtype == torch.bfloat16
-    assert state.length_B.dtype == torch.long
-    assert tiny().init_state(2, dtype=torch.float32).blocks[0][0].memory_B1nM.dtype == torch.float32
+def test_a_memory_is_kept_in_float32_and_what_is_only_stored_in_the_models_dtype() -> None:
+    model = tiny().bfloat16()
+    state = model.init_state(2).blocks[0][0]
+    assert (state.memory_B1nM.dtype, state.conv_BWM.dtype) == (torch.float32, torch.bfloat16)
+    state = model.init_state(2, dtype=torch.bfloat16).blocks[0][0]
+    assert (state.memory_B1nM.dtype, state.conv_BWM.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert tiny().double().init_state(2).blocks[0][0].memory_B1nM.dtype == torch.float64
+    assert model.init_state(2).length_B.dtype == torch.long
+
+
+def test_a_bfloat16_memory_forgets_what_slow_gates_keep() -> None:
+    """Why the default is float32: after 2,048 tokens the outputs of the one are off by percents, of the other not."""
+    torch.manual_seed(0)
+    n, m, length = 16, 8, 2048
+    k = torch.nn.functional.normalize(torch.randn(length, n), dim=-1)
+    q, v, log_alpha = torch.randn(length, n), torch.randn(length, m), -torch.full((n,), 1e-3)
+
+    def last_outputs(dtype: torch.dtype) -> torch.Tensor:
+        memory, outputs = torch.zeros(1, 1, n, m, dtype=dtype), []
+        for t in range(length):
+            step = (x[t].double().view(1, 1, 1, -1) for x in (q, k, v))
+            o, wide = gated_linear(*step, log_alpha.double().view(1, 1, 1, n), state_BHKV=memory.double())
+            memory = wide.to(dtype)
+            outputs.append(o)
+        return torch.cat(outputs[-256:])
+
+    want = last_outputs(torch.float64)
+    errors = [((last_outputs(dtype) - want).norm() / want.norm()).item() for dtype in (torch.float32, torch.bfloat16)]
+    assert errors[0] < 1e-4
+    assert errors[1] > 1e-2
 
 
 @pytest.mark.parametrize("name", ["rodimus", "rodimus+", "transformer++", "transformer++-swa"])
