@@ -40,11 +40,12 @@ wikitext103: setup ## train MODEL at Table 1's configuration and rebuild Table 1
 tables: setup ## rebuild every table from the run records
 	$(LAB) report
 
-bench: setup ## measure this machine: data, loss, operators, training
+bench: setup ## measure this machine: data, loss, operators, training, decoding, beside the peers that are installed
 	$(LAB) bench data
 	$(LAB) bench loss
 	$(LAB) bench ops
-	$(LAB) bench train
+	$(LAB) bench train --peers
+	$(LAB) bench decode --peers
 
 doctor: setup ## say what is installed and what each operator would run on
 	$(LAB) doctor

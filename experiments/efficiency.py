@@ -219,7 +219,8 @@ def _row(record: Record, bench: str, length: str) -> Row | None:
     recipe, model = record.recipe, LABELS.get(record.label)
     if model is None or recipe["bench"] != bench or recipe["size"] != SIZE.name:
         return None
-    by = recipe.get("backends", {}).get("attention", "")
+    backends = recipe.get("backends", {})
+    by = backends.get("attention") or backends.get("attention_step")
     attention = "" if model != "transformer" else "torch" if by == "naive" else "F.A."
     return Row(model, attention, recipe[length])
 

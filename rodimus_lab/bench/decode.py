@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from typing import Annotated, Any
+from itertools import product
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import typer
@@ -18,8 +19,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from rodimus_lab.bench.measure import copy_rate, median_seconds
-from rodimus_lab.bench.peers import DECODE_PEERS
+from rodimus_lab.bench.peers import DECODE_PEERS, OUT_OF_MEMORY
 from rodimus_lab.bench.result import AsJson, Column, Device, Result, Row, app, show, surroundings
+from rodimus_lab.bench.training import parse_backends
 from rodimus_lab.config import did_you_mean
 from rodimus_lab.decoder import Decoder
 from rodimus_lab.errors import UserError
@@ -27,12 +29,14 @@ from rodimus_lab.nn.mixer import State, state_nbytes
 from rodimus_lab.nn.model import LanguageModel
 from rodimus_lab.nn.zoo import SIZES, build_model, model_config
 from rodimus_lab.ops.attention import KVCache
+from rodimus_lab.ops.backend import use_backend
 from rodimus_lab.sampling import Sampling
 from rodimus_lab.train.distributed import session
 
 DEFAULT_MODELS = ("rodimus", "rodimus+", "transformer++")
 CHECKED, WARMUP, TIMED = 4, 8, 256
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+STATE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 READ_AT_MOST = {"cuda": 1 << 17, "cpu": 1 << 9}
 COLUMNS = (
     Column("model", "model"),
@@ -107,19 +111,36 @@ def deviation(decoder: Decoder) -> float:
     return worst
 
 
-def measure(name: str, size: str, batch: int, context: int, tokens: int, device: torch.device) -> Row:
+class Entrant(NamedTuple):
+    """A model or peer at one shape. `state_dtype` and `backends` are for our models; None is a state's own dtype."""
+
+    name: str
+    size: str
+    batch: int
+    context: int
+    state_dtype: torch.dtype | None = None
+    backends: tuple[tuple[str, str], ...] = ()
+
+    def row(self, dtype: torch.dtype) -> Row:
+        row: Row = {"model": self.name, "size": self.size, "batch_size": self.batch, "context": self.context}
+        row["dtype"] = str(dtype).removeprefix("torch.")
+        if self.state_dtype is not None:
+            row["state_dtype"] = str(self.state_dtype).removeprefix("torch.")
+        return row | ({"backends": dict(self.backends)} if self.backends else {})
+
+
+def measure(entrant: Entrant, tokens: int, device: torch.device, dtype: torch.dtype) -> Row:
     """The row of one of our models with random weights: the median of up to 256 steps, and memory over `tokens`.
 
     Growth is the allocator's on CUDA, the state's on a CPU.
     """
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    row: Row = {"model": name, "size": size, "batch_size": batch, "context": context}
-    row |= {"dtype": str(dtype).removeprefix("torch.")}
+    row, batch, context = entrant.row(dtype), entrant.batch, entrant.context
     torch.manual_seed(0)
     with torch.device(device):
-        model = build_model(name, size=size).to(dtype).eval()
+        model = build_model(entrant.name, size=entrant.size).to(dtype).eval()
     timed = min(tokens, TIMED)
-    decoder = Decoder(model, batch, context + 1 + CHECKED + 2 * (WARMUP + timed) + tokens, Sampling(temperature=0))
+    room = context + 1 + CHECKED + 2 * (WARMUP + timed) + tokens
+    decoder = Decoder(model, batch, room, Sampling(temperature=0), state_dtype=entrant.state_dtype)
     row |= {"backend": "CUDA graph" if decoder.captured else "eager", "state": pretend(decoder, context)}
     row |= {"params": sum(p.numel() for p in model.parameters()), "relative_error": deviation(decoder)}
     if not row["relative_error"] <= TOLERANCE[dtype]:
@@ -156,27 +177,24 @@ def beside_floor(row: Row, bytes_per_second: float) -> Row:
     return row
 
 
-def compare(
-    models: Sequence[str], size: str, batches: Sequence[int], contexts: Sequence[int], tokens: int, device: torch.device
-) -> tuple[list[Row], float]:
-    """A row for every model, batch and context, peers by their own stopwatch; then the copy rate in bytes a second."""
+def compare(entrants: Sequence[Entrant], tokens: int, device: torch.device) -> tuple[list[Row], float]:
+    """A row for each, peers by their own stopwatch; then the copy rate in bytes a second."""
     rate = copy_rate(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows: list[Row] = []
-    for name in models:
-        for batch in batches:
-            for context in contexts:
-                try:
-                    if name in DECODE_PEERS:
-                        row = DECODE_PEERS[name](size, batch, context, device, dtype)
-                    else:
-                        row = measure(name, size, batch, context, tokens, device)
-                except torch.OutOfMemoryError:
-                    row = {"model": name, "batch_size": batch, "context": context, "note": "out of memory"}
-                rows.append(beside_floor(row, rate))
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+    for entrant in entrants:
+        try:
+            if entrant.name in DECODE_PEERS:
+                row = DECODE_PEERS[entrant.name](entrant.size, entrant.batch, entrant.context, device, dtype)
+            else:
+                with use_backend(**dict(entrant.backends)):
+                    row = measure(entrant, tokens, device, dtype)
+        except torch.OutOfMemoryError:
+            row = entrant.row(dtype) | OUT_OF_MEMORY
+        rows.append(beside_floor(row, rate))
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return rows, rate
 
 
@@ -195,6 +213,13 @@ def decode(
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens to generate. Default: 256 on CUDA, 16 on a CPU.")
     ] = None,
+    state_dtype: Annotated[
+        Literal["bf16", "fp32"] | None, typer.Option(help="Of all of our models' state. Default: memories fp32.")
+    ] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="An operator's backend in our models, such as attention_step=naive.")
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers", help=f"Also {', '.join(DECODE_PEERS)}.")] = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -206,12 +231,19 @@ def decode(
         size = size or ("1.3b" if cuda else "smoke")
         if size not in SIZES:
             raise UserError(f"there is no size named {size!r}{did_you_mean(size, SIZES)}")
-        for name in model or DEFAULT_MODELS:
+        names = list(dict.fromkeys([*(model or DEFAULT_MODELS), *(DECODE_PEERS if peers else ())]))
+        for name in names:
             if name not in DECODE_PEERS:
                 model_config(name, size=size)  # An unknown name is refused before anything is measured.
         tokens = tokens or (256 if cuda else 16)
         contexts = context or ([4096, 65536] if cuda else [64, 256])
+        state = None if state_dtype is None else STATE_DTYPES[state_dtype]
+        backends = parse_backends(backend or [])
+        entrants = [
+            Entrant(name, size, rows, seen, state, backends)
+            for name, rows, seen in product(names, batch or [1], contexts)
+        ]
         facts = surroundings(world)
-        rows, rate = compare(model or DEFAULT_MODELS, size, batch or [1], contexts, tokens, world.device)
+        rows, rate = compare(entrants, tokens, world.device)
     settings = {"size": size, "tokens": tokens, "copy_bytes_per_second": round(rate)}
     show(Result("decode", settings, rows, facts), COLUMNS, as_json)

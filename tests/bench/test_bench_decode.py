@@ -48,6 +48,16 @@ def test_rows() -> None:
     assert rows[4]["state_bytes"] < rows[5]["state_bytes"]
 
 
+def test_a_states_dtype_and_an_operators_backend_can_be_asked_for() -> None:
+    rows = [bench("--model", "rodimus", "--context", "5", "--state-dtype", kind)[0] for kind in ("fp32", "bf16")]
+    assert [row["state_dtype"] for row in rows] == ["float32", "bfloat16"]
+    assert rows[0]["state_bytes"] - 8 == 2 * (rows[1]["state_bytes"] - 8)
+    (row,) = bench("--model", "transformer++", "--context", "5", "--backend", "attention_step=naive")
+    assert row["backends"] == {"attention_step": "naive"}
+    with pytest.raises(UserError, match="attention_stp"):
+        bench("--backend", "attention_stp=naive")
+
+
 def test_late_steps_are_timed_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TIMED", 2)
     (row,) = bench("--model", "rodimus", "--context", "5")
