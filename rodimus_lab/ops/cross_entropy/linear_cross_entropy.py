@@ -103,10 +103,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses_of = _losses_of(device, wide)
             for rows in _chunks(x.shape[0], vocab, device):
                 logits = x[rows] @ weight.T
-                total += losses_of(logits, targets_N[rows], bias, vocab, ignore_index, differentiate).sum()
+                losses, dlogits = losses_of(logits, targets_N[rows], bias, vocab, ignore_index, differentiate)
+                total += losses.sum()
                 if dx_ND is None or dweight is None:
                     continue
-                dlogits = logits  # Overwritten by the losses' gradients.
+                dlogits = dlogits.to(dtype)
                 dx_ND[rows] = (dlogits @ weight).to(dx_ND.dtype)
                 dweight += dlogits.T @ x[rows]
                 if dbias is not None:
@@ -127,21 +128,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _losses_and_gradient(
     logits: Tensor, targets: Tensor, bias: Tensor | None, vocab: int, ignore_index: int, differentiate: bool
-) -> Tensor:
-    """losses_N; with `differentiate`, `logits` holds their gradients afterwards."""
+) -> tuple[Tensor, Tensor]:
+    """losses_N, and with `differentiate` their gradients in the logits' place or beside them."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if bias is not None:
         wide = wide + bias
-    wide = wide[:, :vocab]
-    log_sum = wide.logsumexp(-1, keepdim=True)
+    log_p = wide[:, :vocab].log_softmax(-1)
     counted = (targets != ignore_index).unsqueeze(-1)
     target = torch.where(counted, targets.unsqueeze(-1), 0)
-    losses = torch.where(counted, log_sum - wide.gather(-1, target), 0.0).squeeze(-1)
-    if differentiate:
-        dlogits = (wide - log_sum).exp_().mul_(counted)
-        logits[:, :vocab] = dlogits.scatter_add_(-1, target, -counted.to(dlogits.dtype))
-        logits[:, vocab:] = 0.0
-    return losses
+    losses = torch.where(counted, -log_p.gather(-1, target), 0.0).squeeze(-1)
+    if not differentiate:
+        return losses, logits
+    dlogits = log_p.exp_().scatter_add_(-1, target, -torch.ones_like(target, dtype=log_p.dtype))
+    if not counted.all():
+        dlogits = dlogits.masked_fill_(~counted, 0.0)
+    return losses, F.pad(dlogits, (0, logits.shape[-1] - vocab)) if vocab < logits.shape[-1] else dlogits
 
 
 def _losses_of(device: str, wide: torch.dtype) -> Any:

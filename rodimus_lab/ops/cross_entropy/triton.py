@@ -66,8 +66,8 @@ def _cross_entropy_kernel(
 
 def losses_and_gradient(
     logits_NP: Tensor, targets_N: Tensor, bias_P: Tensor | None, vocab: int, ignore_index: int, differentiate: bool
-) -> Tensor:
-    """losses_N (float32); with `differentiate`, `logits_NP` holds their gradients afterwards, 0 in the padding."""
+) -> tuple[Tensor, Tensor]:
+    """losses_N (float32), and the logits, with `differentiate` overwritten by their gradients, 0 in the padding."""
     tokens, width = logits_NP.shape
     losses_N = logits_NP.new_empty(tokens, dtype=torch.float32)
     if tokens:
@@ -76,4 +76,4 @@ def losses_and_gradient(
             V=vocab, P=width, BLOCK=min(BLOCK, triton.next_power_of_2(width)), BIAS=bias_P is not None,
             DIFFERENTIATE=differentiate, num_warps=WARPS,
         )  # fmt: skip
-    return losses_N
+    return losses_N, logits_NP
