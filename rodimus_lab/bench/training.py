@@ -127,7 +127,7 @@ def our_stepper(entrant: Entrant, loader: RandomTokens, world: World, options: T
     if entrant.precision == "bf16-params":
         model = trainer.model.to(torch.bfloat16)
         optimizer = build_optimizer(model, trainer.groups, recipe.optimizer)
-        stepper = Stepper(model, optimizer, recipe, world, stepper.rows)
+        stepper = Stepper(model, optimizer, recipe, world, stepper.rows, capture=stepper.capture)
     return stepper, trainer.compiled
 
 
@@ -166,6 +166,9 @@ def measure_steps(entrant: Entrant, world: World, options: TrainOptions, steps: 
     else:
         stepper, compiled = our_stepper(entrant, loader, world, options)
     losses: list[torch.Tensor] = []
+    on_cuda = world.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(world.device)
 
     def step() -> None:
         losses.append(stepper.step(len(losses) + 1, *next(loader))[0])
@@ -175,12 +178,14 @@ def measure_steps(entrant: Entrant, world: World, options: TrainOptions, steps: 
         return entrant.facts() | {"note": "the loss or a gradient is not finite, so it gets no time"}
     if wrong := wrong_loss(losses[0].item(), vocab_size):
         return entrant.facts() | {"note": wrong}
-    stepper.optimizer.zero_grad(set_to_none=True)
     last = losses[-1].item()
-    moments = [x for state in stepper.optimizer.state.values() for x in (state["exp_avg"], state["exp_avg_sq"])]
-    held = sum(x.numel() * x.element_size() for x in (*stepper.model.parameters(), *moments))
-    if world.device.type == "cuda":
-        held = torch.cuda.memory_allocated(world.device)
+    if on_cuda:
+        most = torch.cuda.max_memory_allocated(world.device)  # The warm-up's too: a captured step allocates nothing.
+    else:
+        stepper.optimizer.zero_grad(set_to_none=True)
+        moments = [x for state in stepper.optimizer.state.values() for x in (state["exp_avg"], state["exp_avg_sq"])]
+        held = sum(x.numel() * x.element_size() for x in (*stepper.model.parameters(), *moments))
+        most = held + peak_bytes(step, world.device)
     tokens = entrant.batch_size * entrant.size.context
     params, rate = parameters(stepper.model), median([tokens / seconds for seconds in times])
     peak = peak_flops(device_name(world.device), entrant.recipe.precision)
@@ -193,7 +198,8 @@ def measure_steps(entrant: Entrant, world: World, options: TrainOptions, steps: 
         "mfu": utilization(entrant.training_flops_per_token(), rate, peak),
         "mfu_6n": utilization(6 * params, rate, peak),
         "peak_flops": peak,
-        "peak_bytes": held + peak_bytes(step, world.device),
+        "captured": stepper.capture,
+        "peak_bytes": most,
         "first_loss": losses[0].item(),
         "loss": last,
     }
@@ -266,6 +272,7 @@ def train(
         list[str] | None, typer.Option(help="An operator's backend in our models, such as attention=naive.")
     ] = None,
     compile: Annotated[bool | None, typer.Option(help="Compile what can be. Default: on CUDA only.")] = None,
+    capture: Annotated[bool, typer.Option(help="Our micro-batches as CUDA graphs, on CUDA.")] = True,
     steps: Annotated[int | None, typer.Option(min=1, help="Timed steps. Default: 20 on CUDA, 3 on a CPU.")] = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -289,7 +296,9 @@ def train(
         entrants += [Entrant(name, scale, batch_size, precision, peer=True) for name in asked]
         for entrant in entrants:
             _ = entrant.recipe  # A model that is not there is named before anything is timed.
-        options = TrainOptions(device=device, micro_batch_size=micro_batch_size, compile=compile, progress=False)
+        options = TrainOptions(
+            device=device, micro_batch_size=micro_batch_size, compile=compile, capture=capture, progress=False
+        )
         facts = surroundings(world)
         rows = compare(entrants, world, options, steps)
     settings = {"size": size, "batch": f"{batch_size} x {scale.context}", "precision": precision, "steps": steps}

@@ -43,14 +43,15 @@ class TrainOptions:
     """What does not change a run's outcome.
 
     `device`: cpu or cuda, by default cuda where there is one. `micro_batch_size`: rows at a time on a rank, by default
-    as many as suit the device. `compile`: by default on CUDA only. `checkpoint_every` steps, the newest `keep_last` are
-    kept. `stop_at_step` and `max_seconds` end a session early, with a checkpoint. `resume=False` starts an unfinished
-    run afresh.
+    as many as suit the device. `compile`: by default on CUDA only. `capture`: micro-batches as CUDA graphs, by default
+    for one process with CUDA. `checkpoint_every` steps, the newest `keep_last` are kept. `stop_at_step` and
+    `max_seconds` end a session early, with a checkpoint. `resume=False` starts an unfinished run afresh.
     """
 
     device: str | None = None
     micro_batch_size: int | None = None
     compile: bool | None = None
+    capture: bool | None = None
     checkpoint_every: int = 1000
     keep_last: int = 2
     runs_root: Path | None = None
@@ -136,7 +137,10 @@ class Trainer:
         self.state = TrainState()
         self.window = torch.zeros(2, dtype=torch.float64, device=device)
         rows = options.micro_batch_size or default_rows(batch // world.size, seq_len, device)
-        self.stepper = Stepper(self.model, self.optimizer, recipe, world, min(rows, batch // world.size))
+        capture = on_cuda and world.size == 1 and options.capture is not False
+        self.stepper = Stepper(
+            self.model, self.optimizer, recipe, world, min(rows, batch // world.size), capture=capture
+        )
         if on_cuda and options.micro_batch_size is None and world.size == 1:
             fit_rows(self.stepper)
         self.store = CheckpointStore(folder, world, keep_last=options.keep_last)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from train_fakes import checkpoint_folder, memory_feed, options, run_folder, tiny_recipe
+from train_fakes import BATCH, checkpoint_folder, memory_feed, options, run_folder, tiny_recipe
 
 from rodimus_lab.records import RunDir
 from rodimus_lab.train import Interrupted, train
@@ -36,6 +36,22 @@ def test_cuda_resumes_with_its_random_state(tmp_path):
     train(recipe, options(tmp_path / "parts", **settings), open_feed=memory_feed)
     for a, b in zip(metrics(tmp_path / "whole", recipe), metrics(tmp_path / "parts", recipe), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [512, 128])
+def test_captured_micro_batches_train_as_eager_ones(tmp_path, rows):
+    """One micro-batch a step and several; the first steps of both are eager."""
+    recipe = tiny_recipe(12, dropout=0.0)
+    for folder, capture in (("eager", False), ("captured", True)):
+        settings = {
+            "device": "cuda",
+            "compile": False,
+            "capture": capture,
+            "micro_batch_size": max(1, BATCH * rows // 512),
+        }
+        train(recipe, options(tmp_path / folder, **settings), open_feed=memory_feed)
+    for a, b in zip(metrics(tmp_path / "eager", recipe), metrics(tmp_path / "captured", recipe), strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
 
 
 def test_a_run_that_blows_up_between_two_checks(tmp_path):
