@@ -119,6 +119,7 @@ RUN_OPTIONS = (
     ("micro_batch_size", int | None, None, "Sequences at a time. Default: as many as suit the device."),
     ("compile", bool | None, None, "Compile the model's blocks. Default: on CUDA only."),
     ("capture", bool | None, None, "Make micro-batches CUDA graphs. Default: for one process with CUDA."),
+    ("recompute", bool, False, "Keep less for the backward pass and make it again: less memory, more time."),
     ("checkpoint_every", int, 1000, "Steps between checkpoints."),
     ("tensorboard", bool, False, "Write TensorBoard event files beside the checkpoints."),
     ("resume", bool, True, "Go on from the last checkpoint of an unfinished run."),

@@ -199,6 +199,7 @@ def measure_steps(entrant: Entrant, world: World, options: TrainOptions, steps: 
         "mfu_6n": utilization(6 * params, rate, peak),
         "peak_flops": peak,
         "captured": stepper.capture,
+        "recompute": options.recompute and not entrant.peer,
         "peak_bytes": most,
         "first_loss": losses[0].item(),
         "loss": last,
@@ -272,6 +273,7 @@ def train(
         list[str] | None, typer.Option(help="An operator's backend in our models, such as attention=naive.")
     ] = None,
     compile: Annotated[bool | None, typer.Option(help="Compile what can be. Default: on CUDA only.")] = None,
+    recompute: Annotated[bool, typer.Option(help="Keep less of our models for the backward pass.")] = False,
     capture: Annotated[bool, typer.Option(help="Our micro-batches as CUDA graphs, on CUDA.")] = True,
     steps: Annotated[int | None, typer.Option(min=1, help="Timed steps. Default: 20 on CUDA, 3 on a CPU.")] = None,
     device: Device = None,
@@ -297,7 +299,12 @@ def train(
         for entrant in entrants:
             _ = entrant.recipe  # A model that is not there is named before anything is timed.
         options = TrainOptions(
-            device=device, micro_batch_size=micro_batch_size, compile=compile, capture=capture, progress=False
+            device=device,
+            micro_batch_size=micro_batch_size,
+            compile=compile,
+            capture=capture,
+            recompute=recompute,
+            progress=False,
         )
         facts = surroundings(world)
         rows = compare(entrants, world, options, steps)

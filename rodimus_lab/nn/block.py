@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rodimus_lab.config import Config
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer, TokenMixerConfig
 from rodimus_lab.nn.norm import Norm, NormKind
+from rodimus_lab.nn.recompute import recomputed
 from rodimus_lab.ops.segments import Segments
 
 Hop = Annotated[tuple[TokenMixerConfig, ...], Field(min_length=1)]
@@ -49,7 +50,12 @@ class BlockConfig(Config):
 
 
 class Block(nn.Module):
-    """`BlockConfig` built at a width. Its state is the tuple of its sublayers' states."""
+    """`BlockConfig` built at a width. Its state is the tuple of its sublayers' states.
+
+    With `recompute`, training keeps less for the backward pass, see `nn/recompute.py`.
+    """
+
+    recompute = False
 
     def __init__(self, config: BlockConfig, d_model: int, dropout: float = 0.0):
         super().__init__()
@@ -74,6 +80,13 @@ class Block(nn.Module):
 
     def forward(
         self, x_BTD: Tensor, state: tuple[State, ...] | None = None, segments: Segments | None = None
+    ) -> tuple[Tensor, tuple[State, ...] | None]:
+        if self.recompute and state is None and torch.is_grad_enabled():
+            return recomputed(self._forward, x_BTD, None, segments)
+        return self._forward(x_BTD, state, segments)
+
+    def _forward(
+        self, x_BTD: Tensor, state: tuple[State, ...] | None, segments: Segments | None
     ) -> tuple[Tensor, tuple[State, ...] | None]:
         new_states: list[State] = []
         index = 0

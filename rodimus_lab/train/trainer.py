@@ -44,14 +44,16 @@ class TrainOptions:
 
     `device`: cpu or cuda, by default cuda where there is one. `micro_batch_size`: rows at a time on a rank, by default
     as many as suit the device. `compile`: by default on CUDA only. `capture`: micro-batches as CUDA graphs, by default
-    for one process with CUDA. `checkpoint_every` steps, the newest `keep_last` are kept. `stop_at_step` and
-    `max_seconds` end a session early, with a checkpoint. `resume=False` starts an unfinished run afresh.
+    for one process with CUDA. `recompute` saves memory for some time (`nn/recompute.py`). `checkpoint_every` steps, the
+    newest `keep_last` are kept. `stop_at_step` and `max_seconds` end a session early, with a checkpoint. `resume=False`
+    starts an unfinished run afresh.
     """
 
     device: str | None = None
     micro_batch_size: int | None = None
     compile: bool | None = None
     capture: bool | None = None
+    recompute: bool = False
     checkpoint_every: int = 1000
     keep_last: int = 2
     runs_root: Path | None = None
@@ -126,6 +128,8 @@ class Trainer:
         self.model = recipe.model.build()
         self.groups = decay_groups(self.model)
         self.params = sum(p.numel() for p in self.model.parameters())
+        for block in self.model.blocks:
+            block.recompute = options.recompute  # type: ignore[assignment]
         self.compiled = on_cuda if options.compile is None else options.compile
         if self.compiled:
             compile_blocks(self.model)
@@ -195,6 +199,7 @@ class Trainer:
                     "data": facts,
                     "micro_batch_size": self.stepper.rows,
                     "compile": self.compiled,
+                    "recompute": self.options.recompute,
                     "no_weight_decay": without_block_numbers(self.groups.no_decay),
                 }
             )
