@@ -32,11 +32,12 @@ def _can_overlap(device: torch.device) -> bool:
 
 
 @triton.jit
-def prefetch(ptr, size, program, THREADS: tl.constexpr):
-    """Ask for the share of program number `program` of `size` bytes at `ptr` to be brought into the L2 cache."""
-    offset = (program * THREADS + tl.arange(0, THREADS)).to(tl.int64) * PREFETCH_BYTES
-    address = ptr.to(tl.int64) + tl.minimum(offset, size - PREFETCH_BYTES)
+def prefetch(ptr, start, end, THREADS: tl.constexpr):
+    """Ask for the bytes from `start` to `end` at `ptr`, 1 KiB a thread, to be brought into the L2 cache."""
+    offset = start + tl.arange(0, THREADS).to(tl.int64) * PREFETCH_BYTES
+    inside = (offset + PREFETCH_BYTES <= end).to(tl.int32)
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], 1024; mov.b32 $0, 0;", "=r,l", [address],
-        dtype=tl.int32, is_pure=False, pack=1,
+        """{ .reg .pred inside; setp.ne.u32 inside, $2, 0;
+        @inside cp.async.bulk.prefetch.L2.global [$1], 1024; mov.b32 $0, 0; }""",
+        "=r,l,r", [ptr.to(tl.int64) + offset, inside], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip

@@ -5,9 +5,9 @@
     memory  gates, v, S = exp(-g tau) S + (g^tau k)^T v, y = (q S / sqrt(n) + d x') SiLU(z)
     leave   base + RMSNorm(y) W_out
 
-For many rows the products go through the vendor's library and the convolution is a kernel of its own. `narrow` and
-`memory` read little themselves, so they call what will be read next into the L2 cache: `narrow` W_out, and `memory`
-the beginning of the weight that follows this sublayer. So the memory never rests.
+or all of it in one, see persistent.py. For many rows the products go through the vendor's library and the convolution
+is a kernel of its own. `narrow` and `memory` read little themselves, so they may call what will be read next into the
+L2 cache: `narrow` W_out, and `memory` the beginning of the weight that follows this sublayer.
 
 Shapes: see dispatch.py; BB, BN, BR: B, n and R padded to a power of two.
 """
@@ -23,11 +23,15 @@ from torch import Tensor
 from rodimus_lab.ops.launch import PREFETCH_BYTES, gdc_launch_dependents, gdc_wait, launch_options, prefetch
 from rodimus_lab.ops.linear_step import MAX_ROWS
 from rodimus_lab.ops.linear_step.triton import gemm, gemv, load_weights, ready, tile, weights_times_rows
+from rodimus_lab.ops.rodimus_step import persistent
+from rodimus_lab.ops.rodimus_step.gates import decay_and_key
 from rodimus_lab.ops.rodimus_step.weights import RodimusWeights
 
-PREFETCH_OUT = True
-# Of the following weight; W_out is in the cache as well then, and has to stay there until `leave` has read it.
-AHEAD_BYTES = 12 << 20
+# One kernel for a few rows. Not measured yet.
+PERSISTENT = False
+# Neither has made a step faster yet: what is asked for early stands in the way of what is waited for.
+PREFETCH_OUT = False
+AHEAD_BYTES = 0
 
 
 @triton.jit
@@ -111,7 +115,7 @@ def _narrow_kernel(
     pid = tl.program_id(0)
     batch = tl.arange(0, BB)
     if PREFETCH:
-        prefetch(later_ptr, later_bytes, pid, THREADS)
+        prefetch(later_ptr, pid.to(tl.int64) * THREADS * PREFETCH_BYTES, later_bytes, THREADS)
     if pid < tl.cdiv(E, BE):
         row = pid * BE + tl.arange(0, BE)
         w = load_weights(w_ptr, row, 0, M, E, BD)
@@ -133,16 +137,6 @@ def _narrow_kernel(
 
 
 @triton.jit
-def _softplus(x):
-    """log(1 + e^x), precise to rounding where it is small as well: log1p(e) = 2 artanh(e / (2 + e)), e <= 1."""
-    e = tl.exp(-tl.abs(x))
-    s = e / (2.0 + e)
-    t = s * s
-    series = 1.0 + t * (1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9 + t * (1 / 11 + t * (1 / 13 + t / 15))))))
-    return tl.maximum(x, 0.0) + 2.0 * s * series
-
-
-@triton.jit
 def _memory_kernel(
     narrow_ptr, low_ptr, gate_bias_ptr, xz_ptr, c_ptr, up_ptr, up_bias_ptr, through_ptr, state_ptr, y_out,
     ahead_ptr, ahead_bytes, scale,
@@ -161,7 +155,7 @@ def _memory_kernel(
     g_bias = tl.load(gate_bias_ptr + n, mask=in_N, other=0.0).to(tl.float32)
     tau_bias = tl.load(gate_bias_ptr + N + n, mask=in_N, other=0.0).to(tl.float32)
     if PREFETCH:
-        prefetch(ahead_ptr, ahead_bytes, tl.program_id(0), THREADS)
+        prefetch(ahead_ptr, tl.program_id(0).to(tl.int64) * THREADS * PREFETCH_BYTES, ahead_bytes, THREADS)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -169,16 +163,14 @@ def _memory_kernel(
     q = tl.load(row, mask=in_N, other=0.0).to(tl.float32) * scale
     k = tl.load(row + N, mask=in_N, other=0.0).to(tl.float32)
     g_logit = tl.load(row + 2 * N, mask=in_N, other=0.0).to(tl.float32) + g_bias
-    tau = tl.sigmoid(tl.load(row + 3 * N, mask=in_N, other=0.0).to(tl.float32) + tau_bias)
+    tau_logit = tl.load(row + 3 * N, mask=in_N, other=0.0).to(tl.float32) + tau_bias
     low = tl.load(low_ptr + b * R + r, mask=in_R, other=0.0).to(tl.float32)
     x = tl.load(xz_ptr + b * (2 * M) + m, mask=in_M, other=0.0).to(tl.float32)
     z = tl.load(xz_ptr + b * (2 * M) + M + m, mask=in_M, other=0.0).to(tl.float32)
     c = tl.load(c_ptr + b * M + m, mask=in_M, other=0.0).to(tl.float32)
-    g = _softplus(g_logit)
-    log_g = tl.where(g_logit < -30.0, g_logit, tl.log(tl.maximum(g, 1e-30)))
-    k *= tl.exp(tau * log_g) / tl.maximum(tl.sqrt(tl.sum(k * k, 0)), 1e-12)
+    decay, k = decay_and_key(g_logit, tau_logit, k)
     v = x * tl.sigmoid(tl.sum(up.to(tl.float32) * low[None, :], 1) + up_bias)
-    new = state.to(tl.float32) * tl.exp(-g * tau)[:, None] + k[:, None] * v[None, :]
+    new = state.to(tl.float32) * decay[:, None] + k[:, None] * v[None, :]
     tl.store(state_at, new.to(state_ptr.dtype.element_ty), mask=in_N[:, None] & in_M[None, :])
     o = tl.sum(q[:, None] * new, 0) + through * c
     tl.store(y_out + b * M + m, o * z * tl.sigmoid(z), mask=in_M)
@@ -198,6 +190,8 @@ def fused(
     """See `rodimus_step`. Sums in float32; y is kept in float32 up to the norm."""
     assert conv.is_contiguous()
     assert memory.is_contiguous()
+    if PERSISTENT and persistent.fits(x, memory, weights):
+        return persistent.fused(x, base, conv, memory, weights, ahead)
     dtype = weights.fc_2MD.dtype
     B, D = x.shape
     M, W = weights.conv_MW.shape
