@@ -60,6 +60,12 @@ PLAN = Plan()
 
 
 @triton.jit
+def _empty():
+    """A tuple, to which a type checker lets anything be added."""
+    return ()
+
+
+@triton.jit
 def _widen(w):
     """To float32, from registers that hold two each until now: the compiler would part them when they are loaded."""
     if INTERPRETED or w.dtype != tl.bfloat16:
@@ -84,8 +90,8 @@ def _fc_tile(fc_ptr, channel, step: tl.constexpr, D: tl.constexpr, M: tl.constex
 
 @triton.jit
 def _fc_tiles(fc_ptr, channel, COUNT: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr):
-    tiles = (_fc_tile(fc_ptr, channel, 0, D, M, BD),)
-    for step in tl.static_range(1, COUNT):
+    tiles = _empty()
+    for step in tl.static_range(COUNT):
         tiles = tiles + (_fc_tile(fc_ptr, channel, step, D, M, BD),)  # noqa: RUF005 (Triton has no unpacking)
     return tiles
 
@@ -93,7 +99,7 @@ def _fc_tiles(fc_ptr, channel, COUNT: tl.constexpr, D: tl.constexpr, M: tl.const
 @triton.jit
 def _out_tiles(out_ptr, row, FIRST: tl.constexpr, LAST: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
                BM: tl.constexpr):  # fmt: skip
-    tiles = ()
+    tiles = _empty()
     for step in tl.static_range(FIRST, LAST):
         tiles = tiles + (load_weights(out_ptr, row, step * BM, M, D, BM),)  # noqa: RUF005
     return tiles
@@ -101,7 +107,7 @@ def _out_tiles(out_ptr, row, FIRST: tl.constexpr, LAST: tl.constexpr, M: tl.cons
 
 @triton.jit
 def _zeros(B: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
-    sums = ()
+    sums = _empty()
     for _ in tl.static_range(B):
         sums = sums + (tl.zeros([ROWS, LANES], tl.float32),)  # noqa: RUF005
     return sums
@@ -110,7 +116,7 @@ def _zeros(B: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
 @triton.jit
 def _slices(ptr, WIDTH: tl.constexpr, BD: tl.constexpr):
     """A vector, cut as the tiles are."""
-    slices = ()
+    slices = _empty()
     for start in tl.static_range(0, WIDTH, BD):
         col = start + tl.arange(0, BD)
         slices = slices + (tl.load(ptr + col, mask=col < WIDTH, other=0.0),)  # noqa: RUF005
@@ -120,12 +126,12 @@ def _slices(ptr, WIDTH: tl.constexpr, BD: tl.constexpr):
 @triton.jit
 def _normed(x_ptr, x_stride, weight, eps, B: tl.constexpr, WIDTH: tl.constexpr, BD: tl.constexpr):
     """For each row of x its slices times the norm's weight, and 1 / rms, which is left for the end."""
-    rows = ()
-    factors = ()
+    rows = _empty()
+    factors = _empty()
     for b in tl.static_range(B):
         x = _slices(x_ptr + b * x_stride, WIDTH, BD)
         squares = tl.zeros([BD], tl.float32)
-        row = ()
+        row = _empty()
         for i in tl.static_range(len(x)):
             wide = x[i].to(tl.float32)
             squares += wide * wide
@@ -141,7 +147,7 @@ def _plus_product(sums, w, rows, i: tl.constexpr, RUN: tl.constexpr):
     ROWS: tl.constexpr = w.shape[0]
     BD: tl.constexpr = w.shape[1]
     wide = _widen(w)
-    new = ()
+    new = _empty()
     for b in tl.static_range(len(rows)):
         runs = tl.reshape(wide * rows[b][i][None, :], [ROWS, BD // RUN, RUN])
         new = new + (sums[b] + tl.sum(runs, 2),)  # noqa: RUF005
@@ -211,12 +217,12 @@ def _sublayer_kernel(
             gdc_launch_dependents()
         gdc_wait()
     if FIRST == ENTER:
-        pasts = ()
+        pasts = _empty()
         for b in tl.static_range(B):
             pasts = pasts + (_past(conv_ptr + b * (W - 1) * M, cw_ptr, cb_ptr, channel, M, W),)  # noqa: RUF005
         u, factors = _normed(u_ptr, u_stride, norm, eps, B, D, FC_WIDTH)
         z_sums, x_sums = _zeros(B, CH, FC_WIDTH // RUN), _zeros(B, CH, FC_WIDTH // RUN)
-        out_tiles = ()
+        out_tiles = _empty()
         for step in tl.static_range(2 * FC_TILES):
             w = tiles[0]
             tiles = tiles[1:]
@@ -252,7 +258,7 @@ def _sublayer_kernel(
     if (FIRST <= MEMORY) & (LAST >= MEMORY):
         state_at = state_ptr + n[:, None] * M + channel[None, :]
         in_state = in_N[:, None] & in_M[None, :]
-        states = ()
+        states = _empty()
         for b in tl.static_range(B):
             states = states + (tl.load(state_at + b * N * M, mask=in_state, other=0.0),)  # noqa: RUF005
         up = tl.load(up_ptr + channel[:, None] * R + r[None, :], mask=in_M[:, None] & (r < R)[None, :], other=0.0)
