@@ -123,6 +123,8 @@ CASES += [
     (65, "one", "none", False, "none"),
     (65, "none", "full", True, "packed"),
     (65, "none", "none", True, "both"),
+    (7, "one", "none", True, "both"),
+    (257, "one", "none", True, "both"),
     (130, "full", "none", True, "none"),
     (130, "full", "none", True, "both"),
 ]
@@ -171,6 +173,35 @@ def test_strong_decay(name: str, kind: str) -> None:
         got = outputs_and_gradients(arguments, segments, "chunked", dtype)
         assert all(x.isfinite().all() for x in got.values())
         assert_agree(got, want, tolerance)
+
+
+@pytest.mark.parametrize("kind", ["none", "both"])
+@pytest.mark.parametrize("name", [*DECAYS, "a huge one"])
+def test_one_strong_gate_a_head(name: str, kind: str) -> None:
+    """The path without K-wide decays, with q and k shared by the heads, in outputs and gradients."""
+    arguments, segments = inputs(130, alpha="one"), segments_for(kind, 130)
+    shape = (2, 130, 2, 1)
+    log_alpha = DECAYS[name](shape) if name in DECAYS else -0.01 * torch.rand(shape)
+    if name == "a huge one":
+        log_alpha[:, [3, 20, 70]] = -1e30
+    arguments = with_alpha(arguments, log_alpha.double())
+    for shared in ("q_BTHK", "k_BTHK"):
+        arguments[shared] = torch.randn(2, 130, 1, 5, dtype=torch.float64).requires_grad_()
+
+    def run(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in arguments.items() if x is not None}
+        shared = {name: leaves[name].expand(-1, -1, 2, -1) for name in ("q_BTHK", "k_BTHK")}
+        o, state = gated_linear(**(leaves | shared), scale=0.7, segments=segments, backend=backend)
+        (o.square().sum() + state.square().sum()).backward()
+        gradients = {name: x.grad for name, x in leaves.items() if x.grad is not None}
+        return {"o": o.detach(), "state": state.detach()} | gradients
+
+    want = run("naive", torch.float64)
+    assert set(want) == {"o", "state", "q_BTHK", "k_BTHK", "v_BTHV", "log_alpha_BTHK", "state_BHKV"}
+    assert_agree(run("chunked", torch.float64), want, 1e-10)
+    got = run("chunked", torch.float32)
+    assert all(x.isfinite().all() for x in got.values())
+    assert_agree(got, want, 1e-4)
 
 
 @pytest.mark.parametrize("huge", [-50.0, -1e4, -1e30])

@@ -6,6 +6,9 @@ of t's sub-chunk into two factors <= 1, so those scores are matrix products; ins
 are formed directly. The same split serves the value gate beta. All decays come from sums of log-gates over the steps
 in question, never from differences of long sums, so precision does not depend on how far a chunk decays.
 
+With one gate a head and token (RetNet, Mamba2) a score is q k^T times the decay between its two tokens: one C x C
+matrix of decays a head and chunk, and nothing as wide as K.
+
 Shapes: B batch, T time, H heads, K key width, V value width, N chunks, C chunk length, M sub-chunks in a chunk, c
 sub-chunk length.
 """
@@ -35,6 +38,8 @@ def chunked(
     """Matrix products in v's dtype, gates and states in the state's; see `gated_linear` for the arguments."""
     wide, narrow = state_BHKV.dtype, v_BTHV.dtype
     batch, length, heads, _ = q_BTHK.shape
+    if log_beta_BTHV is None and log_alpha_BTHK.stride(-1) == 0:
+        return _one_gate(q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK[..., :1], scale, state_BHKV, segments)
     sub = SUB_CHUNK
     chunk = min(CHUNK, -(-length // sub) * sub)
     pad = -length % chunk
@@ -90,6 +95,47 @@ def chunked(
         from_before = from_before * same.as_before_BNC[:, None, :, :, None]
     o = (o + from_before).reshape(batch, heads, -1, v.shape[-1])[:, :, :length]
     return o.transpose(1, 2).to(narrow), state_BHKV
+
+
+def _one_gate(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_alpha_BTH1: Tensor,
+    scale: float,
+    state_BHKV: Tensor,
+    segments: Segments | None,
+) -> tuple[Tensor, Tensor]:
+    """`chunked` for gates that are the same all along K. q and k that were expanded over the heads are taken once."""
+    wide, narrow = state_BHKV.dtype, v_BTHV.dtype
+    length = v_BTHV.shape[1]
+    chunk = min(CHUNK, -(-length // SUB_CHUNK) * SUB_CHUNK)
+    pad = -length % chunk
+
+    def to_chunks(x: Tensor) -> Tensor:  # (B, T, H or 1, X) -> (B, H or 1, N, C, X)
+        x = x[:, :, :1] if x.stride(2) == 0 else x
+        return F.pad(x.transpose(1, 2), (0, 0, 0, pad)).unflatten(2, (-1, chunk))
+
+    q, k, v, step = (to_chunks(x) for x in (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH1))
+    q = q.to(wide) * scale
+    pairs_BHNCC = _between(step).squeeze(-1).exp()
+    to_end_BHNC1 = pairs_BHNCC[..., -1, :].unsqueeze(-1)
+    from_start_BHNC1 = step.cumsum(-2).exp()
+    whole_BHN11 = from_start_BHNC1[..., -1:, :]
+    if segments is not None:
+        same = _SameDocument(segments, chunk, pad)
+        pairs_BHNCC = pairs_BHNCC * same.pairs_BNCC.unsqueeze(1)
+        to_end_BHNC1 = to_end_BHNC1 * same.as_last_BNC[:, None, :, :, None]
+        from_start_BHNC1 = from_start_BHNC1 * same.as_before_BNC[:, None, :, :, None]
+        whole_BHN11 = whole_BHN11 * same.keeps_BN[:, None, :, None, None]
+    o = _matmul(_matmul(q, k.mT, narrow) * pairs_BHNCC, v, narrow)
+    writes_BHNKV = k.mT.to(narrow) @ (v * to_end_BHNC1).to(narrow)
+    entering = []
+    for decay_BH11, write_BHKV in zip(whole_BHN11.unbind(2), writes_BHNKV.unbind(2), strict=True):
+        entering.append(state_BHKV)
+        state_BHKV = decay_BH11 * state_BHKV + write_BHKV
+    o = o + _matmul(q, torch.stack(entering, dim=2), narrow) * from_start_BHNC1
+    return o.flatten(2, 3)[:, :, :length].transpose(1, 2).to(narrow), state_BHKV
 
 
 class _Decay:
