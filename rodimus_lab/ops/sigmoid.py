@@ -15,8 +15,16 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def sigmoid(x):
-    """Of float32. The interpreter has no libdevice."""
+    """Of float32."""
+    return times_sigmoid(1.0, x)
+
+
+@triton.jit
+def times_sigmoid(y, x):
+    """y * sigmoid(x), which is a single quotient: no instruction more than the sigmoid. The interpreter has no
+    libdevice."""
     if INTERPRETED:
-        return tl.sigmoid(x)
+        return y * tl.sigmoid(x)
     else:
-        return libdevice.fast_dividef(1.0, 1.0 + libdevice.fast_expf(-x))
+        # Unlike -x, which is 0 - x, the product by -1 goes with the exponential's own.
+        return libdevice.fast_dividef(y, 1.0 + libdevice.fast_expf(x * -1.0))

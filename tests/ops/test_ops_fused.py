@@ -126,13 +126,12 @@ def test_conv_gate_at_odd_widths(width: int, rank: int, taps: int) -> None:
 
 
 @runs_kernels
-def test_conv_gate_over_several_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conv_gate_over_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = importlib.import_module("rodimus_lab.ops.conv_gate.triton")
-    monkeypatch.setattr(kernels, "STRETCH", 32)
-    for tile in (kernels.BACKWARD_TILE, kernels.GATE_TILE):
-        monkeypatch.setitem(tile, "BT", 16)
+    monkeypatch.setattr(kernels, "LONGEST", 8)
+    monkeypatch.setattr(kernels, "GATE_STRETCH", 64)
     for state in (False, True):
-        check(conv_gate_errors((2, 100, 24), torch.float32, state=state), torch.float32)
+        check(conv_gate_errors((3, 50, 72), torch.float32, state=state), torch.float32)
 
 
 @runs_kernels
@@ -208,19 +207,21 @@ def test_what_they_cannot_do_is_said() -> None:
         gated_norm(x, x, x, None, x[0, 0], eps=1.0, backend="triton")
 
 
-FP32 = ("bias_ptr", "weight_ptr", "feed_ptr", "rstd_ptr", "rstd_out", "dh_out", "dup_out", "dup_bias_out")
-FP32 += ("up_bias_ptr", "dweight_out", "dbias_out", "dfeed_out")
-TILE = {"W": 4, "R": 16, "BR": 16, "BM": 128, "PRECISION": "tf32"}
-GATE = {"R": 16, "BR": 16, "BM": 64, "BT": 128, "G": 32, "PRECISION": "tf32"}
+FP32 = (
+    "bias_ptr", "weight_ptr", "feed_ptr", "rstd_ptr", "rstd_out", "up_ptr", "up_bias_ptr", "down_ptr", "ddown_out",
+    "dup_out", "dup_bias_out", "dweight_out", "dbias_out", "dfeed_out",
+)  # fmt: skip
+GATE = {"R": 16, "BR": 16, "BM": 64, "STAGES": 2, "PRECISION": "tf32"}
+TILE = GATE | {"W": 4, "S": 16, "U": 4}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in the compiler's place")
 @pytest.mark.parametrize(
     ("operator", "name", "warps", "constants"),
     [
-        ("conv_gate", "_forward_kernel", 4, TILE | {"BT": 32, "STATE": True, "PACKED": False}),
-        ("conv_gate", "_backward_kernel", 8, TILE | {"BT": 32, "BM": 64, "G": 32, "STATE": False, "PACKED": True}),
-        ("conv_gate", "_gate_kernel", 8, GATE),
+        ("conv_gate", "_forward_kernel", 4, TILE | {"STATE": True, "PACKED": False}),
+        ("conv_gate", "_backward_kernel", 4, TILE | {"STATE": False, "PACKED": True}),
+        ("conv_gate", "_gate_kernel", 4, GATE | {"BT": 64}),
         ("gated_norm", "_forward_kernel", 8, {"BM": 4096}),
         ("gated_norm", "_backward_kernel", 16, {"BM": 4096}),
     ],

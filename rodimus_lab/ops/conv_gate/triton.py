@@ -1,18 +1,19 @@
-"""The short convolution and the value gate in one pass over x, forward and backward.
+"""The short convolution and the value gate in one pass over x forward and in two backward.
+
+The convolution slides: the rows of a tile are not neighbours in time but stretches of L tokens, and a program walks all
+of them in step, token by token. The last W inputs and gradients of each row are then simply carried along in registers.
+Nothing is shifted or kept aside, every input is read once (and again W-1 tokens where stretches meet), and the sums
+over tokens for the convolution's parameters stay in registers as well. The gate's logits, and what its gradient adds
+to dx, are products of rank R for the rows at hand. U steps at a time are written out: the carried values then take
+turns in the registers, and the loads of the next U are under way meanwhile.
 
 A trip is one tensor of tokens x M read or written; the narrow tensors (h of rank R, the parameters' partial sums) are
 small beside it. Forward: x read, x' and v written. Backward: x and dv read for dh, which is a sum over all of M; then
-x, dx' and dv read and dx written, with dh W_1 in it. The convolution and the gate's logits are worked out again, the
-latter by a product of rank R on the spot.
+x, dx' and dv read and dx written, with dh W_1 in it. Convolution and logits are worked out again.
 
-dx_t needs dc (the gradient of what SiLU saw) of W tokens, and a program cannot shift a tile. So a tile of dc goes to a
-scratch as large as the tile, which stays in the cache, and comes back W times, shifted. The tile's last W-1 rows serve
-its other rows only: the next tile works them out again.
+Each program's partial sums are added up after it in a fixed order: the same inputs give the same bits.
 
-Sums over tokens are kept by each program over its stretch of time and added up after it, those over M likewise, all in
-a fixed order: the same inputs give the same bits.
-
-Shapes: B batch, T time, M width, W convolution width, R rank (BR: padded), BT x BM a tile, L tiles of a stretch.
+Shapes: B batch, T time, M width, W convolution width, R rank (BR: padded), S x BM or BT x BM a tile.
 """
 
 from __future__ import annotations
@@ -25,238 +26,255 @@ import triton.language as tl
 from torch import Tensor
 
 from rodimus_lab.ops.segments import Segments
-from rodimus_lab.ops.sigmoid import sigmoid
+from rodimus_lab.ops.sigmoid import sigmoid, times_sigmoid
 
 
 @triton.jit
-def _inputs(
-    x_ptr, state_ptr, id_ptr, first, i, back: tl.constexpr, m, T, M, x_row,
-    W: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """x_{first+i-back} of one sequence, from the state before its start, 0 from other documents. `x_ptr`, and `id_ptr`
-    below, point to token `first`."""
-    s = first + i - back
-    seen = (s >= 0) & (s < T)
-    if PACKED:
-        seen = seen & _same_document(id_ptr, first, i, -back, T)
-    # The shift goes with the pointer: one offset, and its registers, then serve every shift.
-    offset = i[:, None] * x_row + m[None, :]
-    x = tl.load(x_ptr - back * x_row + offset, mask=seen[:, None] & (m < M)[None, :], other=0.0)
+def _push(window, newest):
+    return (newest,) + window[:-1]  # noqa: RUF005 (Triton has no unpacking)
+
+
+@triton.jit
+def _rows_of_tile(B, T, L, W: tl.constexpr, S: tl.constexpr, STATE: tl.constexpr):
+    """Each row's sequence, its stretch's first token and its sequence's end. With STATE the time starts W-1 tokens
+    early; a row too many ends before that."""
+    early: tl.constexpr = W - 1 if STATE else 0
+    stretches = tl.cdiv(T + early, L)
+    row = tl.program_id(1) * S + tl.arange(0, S)
+    b = row // stretches
+    return b.to(tl.int64), row % stretches * L - early, tl.where(b < B, T, 1 - W)
+
+
+@triton.jit
+def _input(x_at, state_at, t, end, in_m, M, W: tl.constexpr, STATE: tl.constexpr):
+    """x_t, from the state before the sequence's start. `state_at` points to where token 0 would be."""
+    x = tl.load(x_at, mask=((t >= 0) & (t < end))[:, None] & in_m, other=0.0)
     if STATE:
-        before = (s < 0) & (s > -W)
-        offset = (s + W - 1)[:, None] * M + m[None, :]
-        x += tl.load(state_ptr + offset, mask=before[:, None] & (m < M)[None, :], other=0.0).to(x.dtype)
-    return x.to(tl.float32)
+        before = (t > -W) & (t < tl.minimum(end, 0))
+        x += tl.load(state_at + t[:, None] * M, mask=before[:, None] & in_m, other=0.0).to(x.dtype)
+    return x
 
 
 @triton.jit
-def _same_document(id_ptr, first, i, ahead: tl.constexpr, T):
-    """Whether tokens first+i and first+i+ahead are of one document."""
-    t = first + i
-    here = tl.load(id_ptr + i, mask=(t >= 0) & (t < T), other=-2)
-    there = tl.load(id_ptr + i + ahead, mask=(t + ahead >= 0) & (t + ahead < T), other=-3)
-    return here == there
+def _document(id_at, t, end):
+    return tl.load(id_at, mask=(t >= 0) & (t < end), other=-2)
 
 
 @triton.jit
-def _convolution(
-    x_ptr, state_ptr, id_ptr, weight_ptr, bias_ptr, first, i, m, T, M, x_row,
-    W: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    bias = tl.load(bias_ptr + m, mask=m < M, other=0.0).to(tl.float32)
-    conv = tl.zeros([i.shape[0], m.shape[0]], tl.float32) + bias[None, :]
-    for back in tl.static_range(W):
-        weight = tl.load(weight_ptr + back * M + m, mask=m < M, other=0.0).to(tl.float32)
-        conv += weight[None, :] * _inputs(x_ptr, state_ptr, id_ptr, first, i, back, m, T, M, x_row, W, STATE, PACKED)
+def _taps(weight_ptr, m, in_m, W: tl.constexpr):
+    """The convolution's weights, the newest token's first."""
+    taps = (0.0,) * W
+    for tap in tl.static_range(W):
+        taps = _push(taps, tl.load(weight_ptr + m * W + tap, mask=in_m, other=0.0).to(tl.float32))
+    return taps
+
+
+@triton.jit
+def _convolve(taps, bias, xs, ids, W: tl.constexpr, PACKED: tl.constexpr):
+    """Of the newest of xs, the last W inputs."""
+    conv = bias + taps[0] * xs[0]
+    for back in tl.static_range(1, W):
+        x = xs[back]
+        if PACKED:
+            x = tl.where((ids[back] == ids[0])[:, None], x, 0.0)
+        conv += taps[back] * x
     return conv
 
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, h_ptr, up_ptr, up_bias_ptr, weight_ptr, bias_ptr, state_ptr, id_ptr, conv_out, v_out, T, M, x_row,
-    W: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
-    STATE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, h_ptr, up_ptr, up_bias_ptr, weight_ptr, bias_ptr, state_ptr, id_ptr, conv_out, v_out, B, T, M, L, x_row,
+    W: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, U: tl.constexpr,
+    STAGES: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile. `weight_ptr` is of (W, M), the newest token's row first."""
-    blocks, tiles = tl.cdiv(M, BM), tl.cdiv(T, BT)
-    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    b, first = (rest // tiles).to(tl.int64), rest % tiles * BT
-    m, r, i = block * BM + tl.arange(0, BM), tl.arange(0, BR), tl.arange(0, BT)
-    in_m, in_r, in_t = m < M, r < R, first + i < T
-    in_tile = in_t[:, None] & in_m[None, :]
-    row = b * T + first
-    x_ptr += row * x_row
-    id_ptr += row
-    state_ptr += b * (W - 1) * M
-    at = i[:, None] * M + m[None, :]
-    conv_out += row * M
-    v_out += row * M
-
-    conv = _convolution(x_ptr, state_ptr, id_ptr, weight_ptr, bias_ptr, first, i, m, T, M, x_row, W, STATE, PACKED)
-    tl.store(conv_out + at, (conv * sigmoid(conv)).to(conv_out.dtype.element_ty), mask=in_tile)
-
-    x = _inputs(x_ptr, state_ptr, id_ptr, first, i, 0, m, T, M, x_row, W, False, False)
-    h = tl.load(h_ptr + row * R + (i[:, None] * R + r[None, :]), mask=in_t[:, None] & in_r[None, :], other=0.0)
-    up = tl.load(up_ptr + m[:, None] * R + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
+    b, first, end = _rows_of_tile(B, T, L, W, S, False)
+    m, r = (tl.program_id(0) * BM + tl.arange(0, BM))[None, :], tl.arange(0, BR)
+    in_m, in_r = m < M, r < R
+    up = tl.load(up_ptr + m * R + r[:, None], mask=in_m & in_r[:, None], other=0.0).to(x_ptr.dtype.element_ty)
     up_bias = tl.load(up_bias_ptr + m, mask=in_m, other=0.0).to(tl.float32)
-    gate = sigmoid(tl.dot(h, tl.trans(up), input_precision=PRECISION) + up_bias[None, :])
-    tl.store(v_out + at, (gate * x).to(v_out.dtype.element_ty), mask=in_tile)
-
-
-@triton.jit
-def _sum_rows(x, G: tl.constexpr):
-    """(BT, BM) -> (G, BM), the sum over every G-th row: with G the rows that the threads span at once, no thread needs
-    another."""
-    return tl.sum(tl.reshape(x, (x.shape[0] // G, G, x.shape[1])), 0)
-
-
-@triton.jit
-def _settled(x):
-    """x: a sum of one term, past which the compiler does not go back to work x out anew for each product's layout."""
-    return tl.sum(tl.reshape(x, (1, x.shape[0], x.shape[1])), 0)
+    bias = tl.load(bias_ptr + m, mask=in_m, other=0.0).to(tl.float32)
+    taps = _taps(weight_ptr, m, in_m, W)
+    token = b * T + first
+    x_at = x_ptr + (token[:, None] * x_row + m)
+    h_at = h_ptr + (token[:, None] * R + r[None, :])
+    state_at = state_ptr + (b * (W - 1) + W - 1)[:, None] * M + m
+    at = token[:, None] * M + m
+    xs, ids = (0.0,) * W, (0,) * W
+    for p in tl.static_range(-W, 0):
+        xs = _push(xs, _input(x_at + p * x_row, state_at, first + p, end, in_m, M, W, STATE).to(tl.float32))
+        if PACKED:
+            ids = _push(ids, _document(id_ptr + token + p, first + p, end))
+    for step in tl.range(0, L, U, num_stages=STAGES):
+        for u in tl.static_range(U):
+            i = step + u
+            in_t = first + i < end
+            in_tile = in_t[:, None] & in_m
+            x = tl.load(x_at + i * x_row, mask=in_tile, other=0.0).to(tl.float32)
+            h = tl.load(h_at + i * R, mask=in_t[:, None] & in_r[None, :], other=0.0)
+            xs = _push(xs, x)
+            if PACKED:
+                ids = _push(ids, _document(id_ptr + token + i, first + i, end))
+            conv = _convolve(taps, bias, xs, ids, W, PACKED)
+            tl.store(conv_out + (at + i * M), times_sigmoid(conv, conv).to(conv_out.dtype.element_ty), mask=in_tile)
+            v = times_sigmoid(x, tl.dot(h, up, input_precision=PRECISION) + up_bias)
+            tl.store(v_out + (at + i * M), v.to(v_out.dtype.element_ty), mask=in_tile)
 
 
 @triton.jit
 def _gate_kernel(
     x_ptr, h_ptr, up_ptr, up_bias_ptr, dv_ptr, dh_out, dup_out, dup_bias_out, N, M, L, x_row, dv_row,
-    R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, G: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Backward, first: what the gate's logits owe to h, W_2 and b, over one block of the width and one stretch of the
-    N = B T tokens."""
-    blocks = tl.cdiv(M, BM)
-    block, stretch = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    """Backward, first: what the gate's logits owe to h, W_2 and b, over BM of the width and L of the N = B T tokens,
+    which here are taken in plain tiles."""
+    block, stretch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     m, r, i = block * BM + tl.arange(0, BM), tl.arange(0, BR), tl.arange(0, BT)
     in_m, in_r = m < M, r < R
-    up = tl.load(up_ptr + m[:, None] * R + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
+    in_up = in_m[:, None] & in_r[None, :]
+    up = tl.load(up_ptr + m[:, None] * R + r[None, :], mask=in_up, other=0.0).to(x_ptr.dtype.element_ty)
     up_bias = tl.load(up_bias_ptr + m, mask=in_m, other=0.0).to(tl.float32)
+    x_at = x_ptr + stretch * L * x_row + (i[:, None] * x_row + m[None, :])
+    dv_at = dv_ptr + stretch * L * dv_row + (i[:, None] * dv_row + m[None, :])
     dup = tl.zeros([BM, BR], tl.float32)
-    dup_bias = tl.zeros([G, BM], tl.float32)
-    for n in tl.range(L, num_stages=1):
-        first = (stretch * L + n) * BT
-        in_t = first + i < N
+    # The sum over tokens for b is a product as well, each of its columns the sum: less work than adding across threads.
+    dup_bias, ones = dup, tl.full([BT, BR], 1.0, up.dtype)
+    for step in tl.range(0, L, BT, num_stages=STAGES):
+        t = stretch * L + step + i
+        in_t = t < N
         in_tile = in_t[:, None] & in_m[None, :]
         in_h = in_t[:, None] & in_r[None, :]
-        at = i[:, None] * R + r[None, :]
-        h = tl.load(h_ptr + first * R + at, mask=in_h, other=0.0)
-        x = tl.load(x_ptr + first * x_row + (i[:, None] * x_row + m[None, :]), mask=in_tile, other=0.0)
-        dv = tl.load(dv_ptr + first * dv_row + (i[:, None] * dv_row + m[None, :]), mask=in_tile, other=0.0)
+        at = t[:, None] * R + r[None, :]
+        h = tl.load(h_ptr + at, mask=in_h, other=0.0)
+        x = tl.load(x_at + step * x_row, mask=in_tile, other=0.0).to(tl.float32)
+        dv = tl.load(dv_at + step * dv_row, mask=in_tile, other=0.0).to(tl.float32)
         gate = sigmoid(tl.dot(h, tl.trans(up), input_precision=PRECISION) + up_bias[None, :])
-        dlogit = _settled(dv.to(tl.float32) * x.to(tl.float32) * gate * (1 - gate))
-        dup_bias += _sum_rows(dlogit, G)
-        dlogit = dlogit.to(h.dtype)
+        dlogit = (dv * x * gate * (1 - gate)).to(h.dtype)
+        dup_bias = tl.dot(tl.trans(dlogit), ones, dup_bias, input_precision=PRECISION)
         dup = tl.dot(tl.trans(dlogit), h, dup, input_precision=PRECISION)
         dh = tl.dot(dlogit, up, input_precision=PRECISION)
-        tl.store(dh_out + (block.to(tl.int64) * N + first) * R + at, dh, mask=in_h)
+        tl.store(dh_out + (block.to(tl.int64) * N * R + at), dh.to(dh_out.dtype.element_ty), mask=in_h)
     at = stretch * M + m
-    tl.store(dup_out + at[:, None] * R + r[None, :], dup, mask=in_m[:, None] & in_r[None, :])
-    tl.store(dup_bias_out + at, tl.sum(dup_bias, 0), mask=in_m)
+    tl.store(dup_out + (at[:, None] * R + r[None, :]), dup, mask=in_up)
+    tl.store(dup_bias_out + at, tl.sum(dup_bias, 1) / BR, mask=in_m)
 
 
 @triton.jit
 def _backward_kernel(
     x_ptr, h_ptr, dh_ptr, down_ptr, up_ptr, up_bias_ptr, weight_ptr, bias_ptr, state_ptr, id_ptr, dconv_ptr, dv_ptr,
-    scratch_ptr, dx_out, dstate_out, dweight_out, dbias_out, T, M, STRETCHES, L, x_row, dconv_row, dv_row,
-    W: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, G: tl.constexpr,
-    STATE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    dx_out, dstate_out, ddown_out, dweight_out, dbias_out, B, T, M, L, x_row, dconv_row, dv_row,
+    W: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, U: tl.constexpr,
+    STAGES: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Backward, second: dx and the convolution's parameters, over one block of the width and one stretch of time."""
-    blocks = tl.cdiv(M, BM)
-    block, stretch = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    b = (stretch // STRETCHES).to(tl.int64)
-    m, r, i = block * BM + tl.arange(0, BM), tl.arange(0, BR), tl.arange(0, BT)
-    in_m, in_r, own = m < M, r < R, i <= BT - W
-    state_ptr += b * (W - 1) * M
-    scratch_ptr += tl.program_id(0).to(tl.int64) * BT * BM
-    in_scratch = i[:, None] * BM + tl.arange(0, BM)[None, :]
-    zero = tl.zeros([G, BM], tl.float32)
-    dbias, dweight = zero, (zero,) * W
-    for n in tl.range(L, num_stages=1):
-        first = ((stretch % STRETCHES) * L + n) * (BT - W + 1)
-        if STATE:
-            first -= W - 1
-        row = b * T + first
-        x_tile, id_tile = x_ptr + row * x_row, id_ptr + row
-        valid = (first + i >= 0) & (first + i < T)
-        conv = _convolution(
-            x_tile, state_ptr, id_tile, weight_ptr, bias_ptr, first, i, m, T, M, x_row, W, STATE, PACKED
-        )
-        silu = sigmoid(conv)
-        offset = i[:, None] * dconv_row + m[None, :]
-        in_tile = valid[:, None] & in_m[None, :]
-        dconv = tl.load(dconv_ptr + row * dconv_row + offset, mask=in_tile, other=0.0).to(tl.float32)
-        dc = dconv * silu * (1 + conv * (1 - silu))
-        tl.store(scratch_ptr + in_scratch, dc.to(scratch_ptr.dtype.element_ty))
-        tl.debug_barrier()
-        dbias += _sum_rows(tl.where(own[:, None], dc, 0.0), G)
+    """Backward, second: dx, W_1 and the convolution's parameters. dx_t needs the gradient dc of what SiLU saw up to
+    token t + W-1, so that step i reads token s = i + W-1 of the stretch and finishes token i."""
+    b, first, end = _rows_of_tile(B, T, L, W, S, STATE)
+    begin = tl.maximum(first, 0)
+    m, r = (tl.program_id(0) * BM + tl.arange(0, BM))[None, :], tl.arange(0, BR)
+    in_m, in_r = m < M, r < R
+    in_gate = in_m & in_r[:, None]
+    up = tl.load(up_ptr + m * R + r[:, None], mask=in_gate, other=0.0).to(x_ptr.dtype.element_ty)
+    down = tl.load(down_ptr + r[:, None] * M + m, mask=in_gate, other=0.0).to(x_ptr.dtype.element_ty)
+    up_bias = tl.load(up_bias_ptr + m, mask=in_m, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + m, mask=in_m, other=0.0).to(tl.float32)
+    taps = _taps(weight_ptr, m, in_m, W)
+    token = b * T + first
+    x_at = x_ptr + (token[:, None] * x_row + m)
+    dconv_at = dconv_ptr + (token[:, None] * dconv_row + m)
+    dv_at = dv_ptr + (token[:, None] * dv_row + m)
+    in_state = (b * (W - 1) + W - 1)[:, None] * M + m
+    narrow = token[:, None] * R + r[None, :]
+    at = token[:, None] * M + m
 
-        x = _inputs(x_tile, state_ptr, id_tile, first, i, 0, m, T, M, x_row, W, STATE, False)
-        dx = tl.zeros([BT, BM], tl.float32)
-        for ahead in tl.static_range(W):
-            there = own
+    # As a product, it brings what is added to it into the products' arrangement over the threads, where a thread has
+    # two rows of four columns, not one of eight: fewer registers for the parameters, and no tile changes sides.
+    zero = tl.dot(tl.zeros([S, BR], up.dtype), up, input_precision=PRECISION)
+    EARLY: tl.constexpr = (W - 2 + U) // U * U
+    xs, ids = (0.0,) * W, (0,) * W
+    for p in tl.static_range(-1 - EARLY, W - 1 - EARLY):
+        past = _input(x_at + p * x_row, state_ptr + in_state, first + p, end, in_m, M, W, STATE)
+        xs = _push(xs, past.to(tl.float32) + zero)
+        if PACKED:
+            ids = _push(ids, _document(id_ptr + token + p, first + p, end))
+    dcs, dbias, dtaps = (zero,) * W, zero, (zero,) * W
+    ddown = tl.zeros([BM, BR], tl.float32)
+    for step in tl.range(-EARLY, L, U, num_stages=STAGES):
+        for u in tl.static_range(U):
+            i = step + u
+            s = i + W - 1
+            new = _input(x_at + s * x_row, state_ptr + in_state, first + s, end, in_m, M, W, STATE)
+            in_s = (first + s >= begin) & (first + s < end)
+            dconv = tl.load(dconv_at + s * dconv_row, mask=in_s[:, None] & in_m, other=0.0).to(tl.float32)
+            own = in_s & (s < L)
+            dh = tl.load(dh_ptr + (narrow + s * R), mask=own[:, None] & in_r[None, :], other=0.0)
+            ddown = tl.dot(tl.trans(new), dh, ddown, input_precision=PRECISION)
+
+            xs = _push(xs, new.to(tl.float32))
             if PACKED:
-                there = there & _same_document(id_tile, first, i, ahead, T)
-            weight = tl.load(weight_ptr + ahead * M + m, mask=in_m, other=0.0).to(tl.float32)
-            dc = tl.load(scratch_ptr + ahead * BM + in_scratch, mask=there[:, None], other=0.0).to(tl.float32)
-            dx += weight[None, :] * dc
-            sum_so_far = dweight[ahead] + _sum_rows(dc * x, G)
-            dweight = dweight[:ahead] + (sum_so_far,) + dweight[ahead + 1 :]  # noqa: RUF005 (Triton has no unpacking)
+                ids = _push(ids, _document(id_ptr + token + s, first + s, end))
+            conv = _convolve(taps, bias, xs, ids, W, PACKED)
+            silu = sigmoid(conv)
+            dcs = _push(dcs, dconv * silu * (1 + conv * (1 - silu)))
 
-        mine = own & valid
-        in_tile = mine[:, None] & in_m[None, :]
-        in_h = mine[:, None] & in_r[None, :]
-        at = i[:, None] * R + r[None, :]
-        h = tl.load(h_ptr + row * R + at, mask=in_h, other=0.0)
-        dh = tl.load(dh_ptr + row * R + at, mask=in_h, other=0.0)
-        at = m[:, None] * R + r[None, :]
-        up = tl.load(up_ptr + at, mask=in_m[:, None] & in_r[None, :], other=0.0)
-        down = tl.load(down_ptr + at, mask=in_m[:, None] & in_r[None, :], other=0.0)
-        up_bias = tl.load(up_bias_ptr + m, mask=in_m, other=0.0).to(tl.float32)
-        # Both products transposed, as BM fills the warps' rows where BT would not.
-        gate = sigmoid(tl.trans(tl.dot(up, tl.trans(h), input_precision=PRECISION)) + up_bias[None, :])
-        offset = i[:, None] * dv_row + m[None, :]
-        dv = tl.load(dv_ptr + row * dv_row + offset, mask=in_tile, other=0.0).to(tl.float32)
-        dx += dv * gate + tl.trans(tl.dot(down, tl.trans(dh), input_precision=PRECISION))
-        tl.store(dx_out + row * M + (i[:, None] * M + m[None, :]), dx.to(dx_out.dtype.element_ty), mask=in_tile)
-        if STATE:
-            before = own & (first + i < 0)
-            offset = (first + i + W - 1)[:, None] * M + m[None, :]
-            at = dstate_out + b * (W - 1) * M + offset
-            tl.store(at, dx.to(dstate_out.dtype.element_ty), mask=before[:, None] & in_m[None, :])
-        tl.debug_barrier()
+            in_t = (first + i >= begin) & (first + i < end)
+            in_tile = in_t[:, None] & in_m
+            in_h = in_t[:, None] & in_r[None, :]
+            dv = tl.load(dv_at + i * dv_row, mask=in_tile, other=0.0).to(tl.float32)
+            h = tl.load(h_ptr + (narrow + i * R), mask=in_h, other=0.0)
+            dh = tl.load(dh_ptr + (narrow + i * R), mask=in_h, other=0.0)
+            dx = times_sigmoid(dv, tl.dot(h, up, input_precision=PRECISION) + up_bias)
+            dx = tl.dot(dh, down, dx, input_precision=PRECISION)
+            x = tl.where(i >= 0, xs[W - 1], 0.0)
+            sums = dtaps
+            for ahead in tl.static_range(W):
+                dc = dcs[W - 1 - ahead]
+                if PACKED:
+                    dc = tl.where((ids[W - 1 - ahead] == ids[W - 1])[:, None], dc, 0.0)
+                dx += taps[ahead] * dc
+                sums = _push(sums, dtaps[W - 1 - ahead] + x * dc)
+            dtaps = sums
+            dbias += dcs[W - 1]
 
-    tl.store(dbias_out + stretch.to(tl.int64) * M + m, tl.sum(dbias, 0), mask=in_m)
-    for ahead in tl.static_range(W):
-        tl.store(dweight_out + (stretch.to(tl.int64) * W + ahead) * M + m, tl.sum(dweight[ahead], 0), mask=in_m)
+            tl.store(dx_out + (at + i * M), dx.to(dx_out.dtype.element_ty), mask=in_tile)
+            if STATE:
+                before = (i >= 0) & (first + i < tl.minimum(end, 0))
+                target = dstate_out + in_state + (first + i)[:, None] * M
+                tl.store(target, dx.to(dstate_out.dtype.element_ty), mask=before[:, None] & in_m)
 
-
-# Elements of a 16-byte load of a 16-bit type.
-VECTOR = 8
-FORWARD_TILE = {"BT": 32, "BM": 128, "num_warps": 4}
-GATE_TILE = {"BT": 128, "BM": 64, "num_warps": 8}
-# Two programs a multiprocessor: one reads while the other waits for its scratch.
-BACKWARD_TILE = {"BT": 32, "BM": 64, "num_warps": 8, "maxnreg": 128}
-# Tokens of a stretch, about. Longer ones leave fewer partial sums, shorter ones more programs.
-STRETCH = 512
+    group = tl.program_id(1).to(tl.int64)
+    tl.store(dbias_out + (group * M + m), tl.sum(dbias, 0)[None, :], mask=in_m)
+    for tap in tl.static_range(W):
+        tl.store(dweight_out + ((group * M + m) * W + tap), tl.sum(dtaps[tap], 0)[None, :], mask=in_m)
+    target = ddown_out + ((group * R + r[:, None]) * M + m)
+    tl.store(target, tl.trans(ddown), mask=in_gate)
 
 
-def _fit(tile: dict[str, int], M: int) -> dict[str, int]:
-    return tile | {"BM": min(tile["BM"], max(16, triton.next_power_of_2(M)))}
+# A row of a tile is 128 bytes of a 16-bit type. STAGES: how many groups of U steps, or tiles, are in shared memory at
+# once, one of them in use.
+FORWARD_TILE = {"S": 16, "BM": 64, "U": 4, "STAGES": 2, "num_warps": 4}
+GATE_TILE = {"BT": 64, "BM": 64, "STAGES": 2, "num_warps": 4, "maxnreg": 168}
+BACKWARD_TILE = {"S": 16, "BM": 64, "U": 4, "STAGES": 2, "num_warps": 4}
+# Programs a multiprocessor that stretches may be cut short for, and the longest: a stretch reads W-1 tokens too many.
+PROGRAMS, LONGEST = 2, 128
+# Tokens that a program of the gate's backward pass sums over.
+GATE_STRETCH = 512
 
 
-def _rows_at_once(tile: dict[str, int]) -> int:
-    """Rows of a tile that the threads span with one load each."""
-    return min(tile["BT"], max(1, tile["num_warps"] * 32 * VECTOR // tile["BM"]))
+def _fit(tile: dict[str, int], x: Tensor) -> dict[str, int]:
+    return tile | {"BM": min(tile["BM"] * 2 // x.element_size(), max(16, triton.next_power_of_2(x.shape[-1])))}
+
+
+def _steps(x: Tensor, tile: dict[str, int]) -> int:
+    """L, a power of two."""
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    wanted = x.numel() // (tile["S"] * tile["BM"] * PROGRAMS * multiprocessors)
+    return min(LONGEST, max(4 * tile["U"], triton.next_power_of_2(wanted + 1) // 2))
 
 
 def _rows(x: Tensor) -> Tensor:
     """(..., M) -> (rows, M) with contiguous rows, without a copy for the halves of a wider tensor."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def _newest_first(weight: Tensor) -> Tensor:
-    """(M, W), oldest token first -> (W, M), newest first."""
-    return weight.T.flip(0).contiguous()
 
 
 def _constants(x: Tensor, up: Tensor, weight: Tensor, state: Tensor | None, ids: Tensor | None) -> dict[str, Any]:
@@ -281,10 +299,11 @@ def _forward(
     rows = _rows(x)
     h = rows @ down.to(x.dtype).T
     conv, v = x.new_empty(x.shape), x.new_empty(x.shape)
-    tile = _fit(FORWARD_TILE, M)
-    _forward_kernel[(B * triton.cdiv(T, tile["BT"]) * triton.cdiv(M, tile["BM"]),)](
-        rows, h, up.to(x.dtype).contiguous(), up_bias, _newest_first(weight), bias,
-        x if state is None else state.contiguous(), x if ids is None else ids, conv, v, T, M, rows.stride(0),
+    tile = _fit(FORWARD_TILE, x)
+    L = _steps(x, tile)
+    _forward_kernel[(triton.cdiv(M, tile["BM"]), triton.cdiv(B * triton.cdiv(T, L), tile["S"]))](
+        rows, h, up.contiguous(), up_bias, weight.contiguous(), bias, x if state is None else state.contiguous(),
+        x if ids is None else ids, conv, v, B, T, M, L, rows.stride(0),
         **tile, **_constants(x, up, weight, state, ids),
     )  # fmt: skip
     return conv, v, h.view(B, T, -1)
@@ -307,41 +326,36 @@ def _backward(
     B, T, M = x.shape
     N, R, W = B * T, up.shape[1], weight.shape[1]
     rows, dconv, dv = _rows(x), _rows(dconv), _rows(dv)
-    low_up, low_down = up.to(x.dtype).contiguous(), down.T.to(x.dtype).contiguous()
+    down, up = down.contiguous(), up.contiguous()
     constants = _constants(x, up, weight, state, ids)
 
     def partial(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=torch.float32)
 
-    tile = _fit(GATE_TILE, M)
-    each = triton.cdiv(STRETCH, tile["BT"])
-    blocks, stretches = triton.cdiv(M, tile["BM"]), triton.cdiv(N, each * tile["BT"])
-    dh, dup, dup_bias = partial(blocks, N, R), partial(stretches, M, R), partial(stretches, M)
-    _gate_kernel[(blocks * stretches,)](
-        rows, h, low_up, up_bias, dv, dh, dup, dup_bias, N, M, each, rows.stride(0), dv.stride(0),
-        **tile, **{name: constants[name] for name in ("R", "BR", "PRECISION")}, G=_rows_at_once(tile),
+    tile = _fit(GATE_TILE, x)
+    blocks, groups = triton.cdiv(M, tile["BM"]), triton.cdiv(N, GATE_STRETCH)
+    dh, dup, dup_bias = x.new_empty(blocks, N, R), partial(groups, M, R), partial(groups, M)
+    _gate_kernel[(blocks, groups)](
+        rows, h, up, up_bias, dv, dh, dup, dup_bias, N, M, GATE_STRETCH, rows.stride(0), dv.stride(0),
+        **tile, **{name: constants[name] for name in ("R", "BR", "PRECISION")},
     )  # fmt: skip
-    dh = dh.sum(0).to(x.dtype)
 
-    tile = _fit(BACKWARD_TILE, M)
-    tiles = triton.cdiv(T + (0 if state is None else W - 1), tile["BT"] - W + 1)
-    stretches = triton.cdiv(tiles * tile["BT"], STRETCH)
-    programs = triton.cdiv(M, tile["BM"]) * B * stretches
+    tile = _fit(BACKWARD_TILE, x)
+    L = _steps(x, tile)
+    groups = triton.cdiv(B * triton.cdiv(T + (0 if state is None else W - 1), L), tile["S"])
     dx, dstate = x.new_empty(B, T, M), x.new_empty(0) if state is None else state.new_empty(state.shape)
-    dweight, dbias = partial(B * stretches, W, M), partial(B * stretches, M)
-    _backward_kernel[(programs,)](
-        rows, h, dh, low_down, low_up, up_bias, _newest_first(weight), bias,
-        x if state is None else state.contiguous(), x if ids is None else ids, dconv, dv,
-        x.new_empty(programs, tile["BT"], tile["BM"]), dx, dstate, dweight, dbias,
-        T, M, stretches, triton.cdiv(tiles, stretches), rows.stride(0), dconv.stride(0), dv.stride(0),
-        **tile, **constants, G=_rows_at_once(tile),
+    ddown, dweight, dbias = partial(groups, R, M), partial(groups, M, W), partial(groups, M)
+    _backward_kernel[(triton.cdiv(M, tile["BM"]), groups)](
+        rows, h, dh.sum(0), down, up, up_bias, weight.contiguous(), bias, x if state is None else state.contiguous(),
+        x if ids is None else ids, dconv, dv, dx, dstate, ddown, dweight, dbias, B, T, M, L,
+        rows.stride(0), dconv.stride(0), dv.stride(0), **tile, **constants,
     )  # fmt: skip
     return (
         dx,
-        (dh.T @ rows).to(down.dtype),
+        ddown.sum(0).to(down.dtype),
         dup.sum(0).to(up.dtype),
         dup_bias.sum(0).to(up_bias.dtype),
-        dweight.sum(0).flip(0).T.to(weight.dtype).contiguous(),
+        dweight.sum(0).to(weight.dtype),
         dbias.sum(0).to(bias.dtype),
         dstate,
     )
