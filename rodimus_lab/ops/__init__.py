@@ -2,6 +2,7 @@ from rodimus_lab.ops.attention import attention, attention_step
 from rodimus_lab.ops.backend import use_backend
 from rodimus_lab.ops.conv_gate import conv_gate
 from rodimus_lab.ops.cross_entropy import cross_entropy
+from rodimus_lab.ops.diagonal_scan import diagonal_scan, selective_scan
 from rodimus_lab.ops.gated_linear import gated_linear
 from rodimus_lab.ops.gated_norm import gated_norm
 from rodimus_lab.ops.linear_step import linear_step
@@ -15,10 +16,12 @@ __all__ = [
     "attention_step",
     "conv_gate",
     "cross_entropy",
+    "diagonal_scan",
     "gated_linear",
     "gated_norm",
     "linear_step",
     "rodimus_step",
+    "selective_scan",
     "short_conv",
     "use_backend",
 ]
