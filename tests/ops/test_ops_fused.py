@@ -142,7 +142,7 @@ def test_conv_gate_keeps_documents_and_padding_apart() -> None:
 
 
 @runs_kernels
-@pytest.mark.parametrize("shape", [(2, 1, 24), (1, 5, 256), (2, 9, 40)])
+@pytest.mark.parametrize("shape", [(2, 1, 24), (1, 5, 256), (2, 9, 40), (2, 150, 40)])
 def test_gated_norm_at_odd_sizes(shape: tuple[int, int, int]) -> None:
     check(gated_norm_errors(shape, torch.float32), torch.float32)
 
@@ -222,8 +222,8 @@ TILE = GATE | {"W": 4, "S": 16, "U": 4}
         ("conv_gate", "_forward_kernel", 4, TILE | {"STATE": True, "PACKED": False}),
         ("conv_gate", "_backward_kernel", 4, TILE | {"STATE": False, "PACKED": True}),
         ("conv_gate", "_gate_kernel", 4, GATE | {"BT": 64}),
-        ("gated_norm", "_forward_kernel", 8, {"BM": 4096}),
-        ("gated_norm", "_backward_kernel", 16, {"BM": 4096}),
+        ("gated_norm", "_forward_kernel", 8, {"BN": 1, "BM": 4096, "STAGES": 1}),
+        ("gated_norm", "_backward_kernel", 16, {"BN": 4, "BM": 1024, "STAGES": 2}),
     ],
 )
 def test_the_kernels_compile_for_hopper_without_one(

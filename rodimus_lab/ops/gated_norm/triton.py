@@ -4,8 +4,8 @@ A trip is one tensor of tokens x M read or written. Forward: o, x' and z read, y
 Backward: dy, o, x' and z read, do and dz written. dx' is feedthrough * do: it is left to torch, whose compiler makes it
 part of the sum with the other gradient of x' and never writes it.
 
-A program walks a stretch of rows with the parameters, and in the backward pass their gradients, in registers. The
-partial gradients are added up in a fixed order: the same inputs give the same bits.
+A program walks a stretch of rows, BN at a time, with the parameters, and in the backward pass their gradients, in
+registers. The partial gradients are added up in a fixed order: the same inputs give the same bits.
 
 Shapes: N rows (tokens), M width (BM: padded to a power of two).
 """
@@ -19,77 +19,91 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rodimus_lab.ops.sigmoid import sigmoid
+from rodimus_lab.ops.sigmoid import sigmoid, times_sigmoid
 
 
 @triton.jit
 def _forward_kernel(
-    o_ptr, x_ptr, z_ptr, feed_ptr, weight_ptr, y_out, rstd_out, N, M, L, o_row, x_row, z_row, eps, BM: tl.constexpr
+    o_ptr, x_ptr, z_ptr, feed_ptr, weight_ptr, y_out, rstd_out, N, M, L, o_row, x_row, z_row, eps,
+    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """L rows."""
-    m = tl.arange(0, BM)
+    m = tl.arange(0, BM)[None, :]
     in_m = m < M
     feed = tl.load(feed_ptr + m, mask=in_m, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + m, mask=in_m, other=0.0).to(tl.float32)
     first = tl.program_id(0).to(tl.int64) * L
-    for n in range(first, tl.minimum(first + L, N)):
-        o = tl.load(o_ptr + n * o_row + m, mask=in_m, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + n * x_row + m, mask=in_m, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + n * z_row + m, mask=in_m, other=0.0).to(tl.float32)
-        u = (o + feed * x) * z * sigmoid(z)
-        rstd = tl.rsqrt(tl.sum(u * u, 0) / M + eps)
-        tl.store(y_out + n * M + m, (u * rstd * weight).to(y_out.dtype.element_ty), mask=in_m)
-        tl.store(rstd_out + n, rstd)
+    end = tl.minimum(first + L, N)
+    for step in tl.range(first, end, BN, num_stages=STAGES):
+        n = step + tl.arange(0, BN)[:, None]
+        in_n = n < end
+        here = in_n & in_m
+        o = tl.load(o_ptr + (n * o_row + m), mask=here, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + (n * x_row + m), mask=here, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + (n * z_row + m), mask=here, other=0.0).to(tl.float32)
+        u = (o + feed * x) * times_sigmoid(z, z)
+        rstd = tl.rsqrt(tl.sum(u * u, 1, keep_dims=True) / M + eps)
+        tl.store(y_out + (n * M + m), (u * rstd * weight).to(y_out.dtype.element_ty), mask=here)
+        tl.store(rstd_out + n, rstd, mask=in_n)
 
 
 @triton.jit
 def _backward_kernel(
     dy_ptr, o_ptr, x_ptr, z_ptr, feed_ptr, weight_ptr, rstd_ptr, do_out, dz_out, dfeed_out, dweight_out,
-    N, M, L, dy_row, o_row, x_row, z_row, BM: tl.constexpr,
+    N, M, L, dy_row, o_row, x_row, z_row,
+    BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """L rows."""
-    m = tl.arange(0, BM)
+    m = tl.arange(0, BM)[None, :]
     in_m = m < M
     feed = tl.load(feed_ptr + m, mask=in_m, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + m, mask=in_m, other=0.0).to(tl.float32)
-    dfeed = tl.zeros([BM], tl.float32)
-    dweight = tl.zeros([BM], tl.float32)
+    dfeed = tl.zeros([BN, BM], tl.float32)
+    dweight = tl.zeros([BN, BM], tl.float32)
     first = tl.program_id(0).to(tl.int64) * L
-    for n in range(first, tl.minimum(first + L, N)):
-        dy = tl.load(dy_ptr + n * dy_row + m, mask=in_m, other=0.0).to(tl.float32)
-        o = tl.load(o_ptr + n * o_row + m, mask=in_m, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + n * x_row + m, mask=in_m, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + n * z_row + m, mask=in_m, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + n)
+    end = tl.minimum(first + L, N)
+    for step in tl.range(first, end, BN, num_stages=STAGES):
+        n = step + tl.arange(0, BN)[:, None]
+        in_n = n < end
+        here = in_n & in_m
+        dy = tl.load(dy_ptr + (n * dy_row + m), mask=here, other=0.0).to(tl.float32)
+        o = tl.load(o_ptr + (n * o_row + m), mask=here, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + (n * x_row + m), mask=here, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + (n * z_row + m), mask=here, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + n, mask=in_n, other=0.0)
         gate = sigmoid(z)
         silu = z * gate
         fed = o + feed * x
         normed = fed * silu * rstd
         dweight += dy * normed
         dnormed = dy * weight
-        du = rstd * (dnormed - normed * (tl.sum(dnormed * normed, 0) / M))
+        du = rstd * (dnormed - normed * (tl.sum(dnormed * normed, 1, keep_dims=True) / M))
         do = du * silu
         dfeed += do * x
         dz = du * fed * (gate + silu * (1 - gate))
-        tl.store(do_out + n * M + m, do.to(do_out.dtype.element_ty), mask=in_m)
-        tl.store(dz_out + n * M + m, dz.to(dz_out.dtype.element_ty), mask=in_m)
+        tl.store(do_out + (n * M + m), do.to(do_out.dtype.element_ty), mask=here)
+        tl.store(dz_out + (n * M + m), dz.to(dz_out.dtype.element_ty), mask=here)
     at = tl.program_id(0).to(tl.int64) * M + m
-    tl.store(dfeed_out + at, dfeed, mask=in_m)
-    tl.store(dweight_out + at, dweight, mask=in_m)
+    tl.store(dfeed_out + at, tl.sum(dfeed, 0, keep_dims=True), mask=in_m)
+    tl.store(dweight_out + at, tl.sum(dweight, 0, keep_dims=True), mask=in_m)
 
 
-# Programs a multiprocessor, and elements a thread: 16-byte loads, and few enough registers for those programs.
-FORWARD = {"programs": 4, "elements": 16}
-BACKWARD = {"programs": 2, "elements": 8}
+# Programs a multiprocessor; elements of a thread and of a tile, as a narrow row by itself is too little to read at a
+# time; the loop's stages: with 1 a tile is read when it is needed, with more it is read ahead, into shared memory.
+FORWARD = {"programs": 8, "elements": 16, "tile": 4096, "stages": 1}
+BACKWARD = {"programs": 1, "elements": 8, "tile": 4096, "stages": 1}
 
 
-def _launch(x: Tensor, rows: int, *, programs: int, elements: int) -> tuple[int, int, dict[str, int]]:
-    """Programs, rows of each, padded width and warps."""
+def _launch(
+    x: Tensor, rows: int, *, programs: int, elements: int, tile: int, stages: int
+) -> tuple[int, int, dict[str, int]]:
+    """Programs, rows of each, padded sizes and warps."""
     width = triton.next_power_of_2(x.shape[-1])
+    at_once = max(1, min(tile // width, triton.next_power_of_2(rows)))
     wanted = programs * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1)
-    each = triton.cdiv(rows, wanted)
-    warps = min(16, max(1, width // (32 * elements)))
-    return triton.cdiv(rows, each), each, {"BM": width, "num_warps": warps}
+    each = triton.cdiv(triton.cdiv(rows, wanted), at_once) * at_once
+    warps = min(16, max(1, at_once * width // (32 * elements)))
+    return triton.cdiv(rows, each), each, {"BN": at_once, "BM": width, "STAGES": stages, "num_warps": warps}
 
 
 def _rows(x: Tensor) -> Tensor:
