@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rodimus_lab.config import Config
 from rodimus_lab.nn.block import Block, BlockConfig
-from rodimus_lab.nn.mixer import Initializer, State
+from rodimus_lab.nn.mixer import Initializer, State, TokenMixer
 from rodimus_lab.nn.norm import Norm
 from rodimus_lab.ops.cross_entropy import cross_entropy
 from rodimus_lab.ops.linear_step import linear_step
@@ -95,7 +95,22 @@ class LanguageModel(nn.Module):
         self.final_norm = Norm(config.d_model, config.pattern[0].norm, config.pattern[0].norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.head_bias = nn.Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
+        self.shared = self._join()
         self.init_weights()
+
+    def _join(self) -> nn.ModuleDict:
+        """What mixers of different blocks have in common, which is the model's to hold.
+
+        A mixer's class may have a function `join(mixers) -> nn.Module | None`. It is called with all of the model's
+        mixers of that class, first block first, and may tell each its depth. A module that it returns is held here, and
+        by none of the mixers that read it, so that its weights are saved once and sharded with no block.
+        """
+        classes: dict[type, list[TokenMixer]] = {}
+        for block in self.blocks:
+            for mixer in block.mixers:  # type: ignore[union-attr]
+                classes.setdefault(type(mixer), []).append(mixer)
+        joined = {cls.__name__: cls.join(mixers) for cls, mixers in classes.items() if hasattr(cls, "join")}
+        return nn.ModuleDict({name: module for name, module in joined.items() if module is not None})
 
     def init_weights(self) -> None:
         init = self.config.init
