@@ -93,20 +93,27 @@ def check_linear(B: int, D: int, E: int, dtype: torch.dtype, backend: str, **par
 
 @runs_kernels
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["gemv", "gemm"])
+@pytest.mark.parametrize("backend", ["gemv", "skinny", "gemm"])
 @pytest.mark.parametrize(
     ("B", "D", "E", "parts"),
     [
         (1, 40, 24, ()),
         (1, 2056, 6, ("norm", "base")),
         (3, 136, 10, ("norm", "bias", "base")),
-        (8, 72, 5, ("gated", "base")),
+        (4, 72, 5, ("gated", "base")),
         (2, 64, 64, ("bias",)),
     ],
 )
-def test_a_linear_layer(B: int, D: int, E: int, parts: tuple[str, ...], backend: str) -> None:
+def test_a_linear_layer(
+    B: int, D: int, E: int, parts: tuple[str, ...], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allow_skinny(monkeypatch)
     check_linear(B, D, E, torch.float32, backend, **dict.fromkeys(parts, True))
     check_linear(B, D, E, torch.float16, backend, **dict.fromkeys(parts, True))
+
+
+def allow_skinny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("rodimus_lab.ops.linear_step.dispatch"), "SKINNY_ROWS", 16)
 
 
 def drawn_weights(D: int, M: int, n: int, R: int, W: int) -> RodimusWeights:
@@ -148,6 +155,14 @@ def test_rodimus(B: int, D: int, M: int, n: int, R: int, W: int) -> None:
     check_rodimus(B, D, M, n, R, W, torch.float32)
     if B < 9:
         check_rodimus(B, D, M, n, R, W, torch.float16)
+
+
+@runs_kernels
+@torch.no_grad()
+def test_rodimus_in_skinny_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    allow_skinny(monkeypatch)
+    check_rodimus(9, 32, 72, 8, 4, 3, torch.float32)
+    check_rodimus(16, 24, 34, 5, 3, 2, torch.float16)
 
 
 def in_one_kernel(monkeypatch: pytest.MonkeyPatch, **plan: int) -> Any:
@@ -250,7 +265,7 @@ def test_what_they_cannot_do_is_said() -> None:
     with pytest.raises(UserError, match="no backward pass"):
         linear_step(x, weight, backend="gemv")
     with torch.no_grad():
-        with pytest.raises(UserError, match="9 rows are more than 8"):
+        with pytest.raises(UserError, match="9 rows are more than 4"):
             linear_step(x, weight, backend="gemv")
         with pytest.raises(UserError, match="no float64"):
             linear_step(x[:1].double(), weight.double(), backend="gemv")
@@ -262,10 +277,14 @@ def test_what_they_cannot_do_is_said() -> None:
 @pytest.mark.gpu
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("B", [1, 3, 64])
-def test_real_shapes(B: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("B", [1, 3, 9, 64])
+def test_real_shapes(B: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     check_rodimus(B, 2048, 4096, 64, 16, 4, dtype)
-    backend = "gemv" if B <= 8 else "gemm"
+    backend = "gemv" if B <= 4 else "gemm"
+    if 4 < B <= 16:
+        allow_skinny(monkeypatch)
+        check_rodimus(B, 2048, 4096, 64, 16, 4, dtype)
+        backend = "skinny"
     check_linear(B, 2048, 5001, dtype, backend, norm=True)
     check_linear(B, 5464, 2048, dtype, backend, gated=True, base=True)
     for kind in ("ska", "gqa", "mha"):
@@ -395,7 +414,12 @@ ONE |= {
 HEAD = {"K": 64, "V": 64, "BK": 32, "BV": 64, "P": 16, "BS": 64, "ROTARY": True}
 HOPPER = [
     ("linear_step.triton", "_gemv_kernel", LINEAR | {"BIAS": False, "BASE": True}),
-    ("linear_step.triton", "_gemv_kernel", LINEAR | {"B": 8, "BB": 8, "BE": 2, "BIAS": True, "BASE": False}),
+    ("linear_step.triton", "_gemv_kernel", LINEAR | {"B": 4, "BB": 4, "BE": 2, "BIAS": True, "BASE": False}),
+    (
+        "linear_step.triton",
+        "_skinny_kernel",
+        {"D": 2048, "E": 8192, "B": 8, "BB": 16, "BE": 64, "BD": 256, "STAGES": 4, "BIAS": False, "BASE": False},
+    ),
     ("linear_step.triton", "_ready_kernel", {"D": 5464, "BD": 8192, "NORM": False, "GATED": True}),
     (
         "rodimus_step.triton",
@@ -454,9 +478,11 @@ def test_the_kernels_compile_for_hopper_without_one(module: str, name: str, cons
     assert compiled.asm["cubin"]
     ptx = compiled.asm["ptx"]
     before, after = ptx.split("griddepcontrol.wait", 1)
-    late = name == "_narrow_kernel" or constants.get("LAUNCH_AFTER")
+    late = name in ("_narrow_kernel", "_skinny_kernel") or constants.get("LAUNCH_AFTER")
     assert ("griddepcontrol.launch_dependents" in before) != bool(late)
-    assert ("ld.global" in before) == (name not in ("_ready_kernel", "_stretch_kernel", "_join_kernel"))
+    assert ("ld.global" in before) == (
+        name not in ("_ready_kernel", "_skinny_kernel", "_stretch_kernel", "_join_kernel")
+    )
     assert "st.global" not in before
     assert "st.global" in after
     if name == "_sublayer_kernel":

@@ -71,6 +71,12 @@ def _gemv(*arguments: Any) -> Tensor:
     return gemv(*arguments)
 
 
+def _skinny(*arguments: Any) -> Tensor:
+    from rodimus_lab.ops.linear_step.triton import skinny
+
+    return skinny(*arguments)
+
+
 def _gemm(*arguments: Any) -> Tensor:
     from rodimus_lab.ops.linear_step.triton import gemm
 
@@ -83,16 +89,26 @@ def _gemm_why_not(device: str, dtype: torch.dtype, grad: bool, **_: Any) -> str 
     return why_no_triton(device) or ("it has no float64" if dtype == torch.float64 else None)
 
 
-MAX_ROWS = 8  # More are faster in a matrix product.
+# More rows than the first are faster in a matrix product. The second is not measured yet, so it takes none.
+MAX_ROWS, SKINNY_ROWS = 4, 0
+
+
+def _too_many(rows: int, most: int) -> str | None:
+    return f"{rows} rows are more than {most}" if rows > most else None
 
 
 def _gemv_why_not(rows: int, **facts: Any) -> str | None:
-    return _gemm_why_not(**facts) or (f"{rows} rows are more than {MAX_ROWS}" if rows > MAX_ROWS else None)
+    return _gemm_why_not(**facts) or _too_many(rows, MAX_ROWS)
+
+
+def _skinny_why_not(rows: int, **facts: Any) -> str | None:
+    return _gemm_why_not(**facts) or _too_many(rows, SKINNY_ROWS)
 
 
 declare(
     "linear_step",
     Backend("gemv", _gemv, _gemv_why_not),
+    Backend("skinny", _skinny, _skinny_why_not),
     Backend("gemm", _gemm, _gemm_why_not),
     Backend("naive", naive),
     example={"dtype": torch.bfloat16, "rows": 1, "grad": False},

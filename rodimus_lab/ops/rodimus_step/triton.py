@@ -15,14 +15,13 @@ Shapes: see dispatch.py; BB, BN, BR: B, n and R padded to a power of two.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rodimus_lab.ops.launch import PREFETCH_BYTES, gdc_launch_dependents, gdc_wait, launch_options, prefetch
-from rodimus_lab.ops.linear_step import MAX_ROWS
-from rodimus_lab.ops.linear_step.triton import gemm, gemv, load_weights, ready, tile, weights_times_rows
+from rodimus_lab.ops.linear_step import MAX_ROWS, dispatch
+from rodimus_lab.ops.linear_step.triton import gemm, gemv, load_weights, skinny, tile, weights_times_rows
 from rodimus_lab.ops.rodimus_step import persistent
 from rodimus_lab.ops.rodimus_step.gates import decay_and_key
 from rodimus_lab.ops.rodimus_step.weights import RodimusWeights
@@ -218,11 +217,13 @@ def fused(
             **options,
         )  # fmt: skip
     else:
-        xz = F.linear(ready(x, D, weights.norm, False, dtype), weights.fc_2MD)
+        product = skinny if B <= dispatch.SKINNY_ROWS else gemm
+        xz = product(x, weights.fc_2MD, None, weights.norm, False, None, dtype)
         _conv_kernel[(triton.cdiv(M, 256), B)](
             xz, conv, weights.conv_MW, weights.conv_bias_M, c, M=M, W=W, BW=BW, BM=256, **options
         )
-        narrow, low = F.linear(c, weights.state_proj_EM), F.linear(xz[:, :M], weights.gate_down_RM)
+        narrow = product(c, weights.state_proj_EM, None, None, False, None, dtype)
+        low = product(xz[:, :M], weights.gate_down_RM, None, None, False, None, dtype)
     width = 32 if B <= MAX_ROWS else 64  # One keeps all of the GPU busy, the other reads whole cache lines.
     _memory_kernel[(triton.cdiv(M, width), B)](
         narrow, low, weights.gate_bias_2n, xz, c, weights.gate_up_MR, weights.gate_up_bias_M, weights.feedthrough_M,
@@ -230,5 +231,5 @@ def fused(
         M=M, N=N, BN=triton.next_power_of_2(N), R=R, BR=triton.next_power_of_2(R), BM=width,
         THREADS=128, PREFETCH=early and ahead_bytes > 0, num_warps=4, **options,
     )  # fmt: skip
-    leave = gemv if B <= MAX_ROWS else gemm
+    leave = gemv if B <= MAX_ROWS else product
     return leave(y, weights.out_DM, None, weights.out_norm, False, base, base.dtype)
