@@ -189,6 +189,7 @@ def _backward_kernel(
     # As a product, it brings what is added to it into the products' arrangement over the threads, where a thread has
     # two rows of four columns, not one of eight: fewer registers for the parameters, and no tile changes sides.
     zero = tl.dot(tl.zeros([S, BR], up.dtype), up, input_precision=PRECISION)
+    bias += zero
     EARLY: tl.constexpr = (W - 2 + U) // U * U
     xs, ids = (0.0,) * W, (0,) * W
     for p in tl.static_range(-1 - EARLY, W - 1 - EARLY):
