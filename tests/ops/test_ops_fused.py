@@ -131,7 +131,7 @@ def test_conv_gate_over_several_programs(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(kernels, "LONGEST", 8)
     monkeypatch.setattr(kernels, "GATE_STRETCH", 64)
     for state in (False, True):
-        check(conv_gate_errors((3, 50, 72), torch.float32, state=state), torch.float32)
+        check(conv_gate_errors((2, 72, 24), torch.float32, state=state), torch.float32)
 
 
 @runs_kernels
