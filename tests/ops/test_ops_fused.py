@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.mixer import Initializer
+from rodimus_lab.nn.recompute import recomputed
 from rodimus_lab.nn.rodimus import RodimusConfig
 from rodimus_lab.ops import Segments, conv_gate, gated_norm, use_backend
 from rodimus_lab.ops.conv_gate import LowRankGate
@@ -194,6 +196,21 @@ def test_the_mixer_on_either_backend(compiled: bool) -> None:
             y, _ = run(u)
         found.append([y, *torch.autograd.grad(y.square().sum(), [u, *mixer.parameters()])])
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
+@runs_kernels
+def test_recomputed_without_a_compiler() -> None:
+    """Every saved tensor is looked at once, as recomputation demands."""
+    mixer = RodimusConfig(n=16).build(16)
+    mixer.init_weights(Initializer())
+    mixer = mixer.to(DEVICE)
+    u = torch.randn(1, 9, 16, device=DEVICE, requires_grad=True)
+    found = []
+    with use_backend(conv_gate="triton", gated_norm="triton", gated_linear="triton"):
+        for run in (mixer, partial(recomputed, mixer)):
+            y, _ = run(u)
+            found.append(torch.autograd.grad(y.square().sum(), [u, *mixer.parameters()]))
+    torch.testing.assert_close(found[1], found[0])
 
 
 @runs_kernels

@@ -377,8 +377,9 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward_of(ctx: Any, dconv: Tensor, dv: Tensor, dh: Tensor) -> Any:
     """h is handed out for this pass only."""
-    *gradients, dstate = _backward(*ctx.saved_tensors, dconv, dv)
-    return *gradients, None if ctx.saved_tensors[6] is None else dstate, None
+    saved = ctx.saved_tensors  # Once: under recomputation the second look would be refused.
+    *gradients, dstate = _backward(*saved, dconv, dv)
+    return *gradients, None if saved[6] is None else dstate, None
 
 
 _forward.register_autograd(_backward_of, setup_context=_setup_context)

@@ -532,9 +532,10 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward_of(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Any) -> Any:
+    saved = ctx.saved_tensors  # Once: under recomputation the second look would be refused.
     if do is None:
-        do = torch.zeros_like(ctx.saved_tensors[2])
-    return (*_backward(*ctx.saved_tensors, ctx.scale, do, dfinal), None, None)
+        do = torch.zeros_like(saved[2])
+    return (*_backward(*saved, ctx.scale, do, dfinal), None, None)
 
 
 _forward.register_autograd(_backward_of, setup_context=_setup_context)

@@ -158,8 +158,8 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward_of(ctx: Any, dy: Tensor, drstd: Tensor) -> Any:
     """rstd is handed out for this pass only."""
-    _, x, _, feedthrough, *_ = ctx.saved_tensors
-    do, dz, dfeedthrough, dweight = _backward(*ctx.saved_tensors, dy)
+    saved = _, x, _, feedthrough, *_ = ctx.saved_tensors  # Once: under recomputation the second look would be refused.
+    do, dz, dfeedthrough, dweight = _backward(*saved, dy)
     return do, (do * feedthrough).to(x.dtype), dz, dfeedthrough, dweight, None
 
 
