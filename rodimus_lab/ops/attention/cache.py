@@ -1,7 +1,8 @@
 """Keys and values of past tokens: a ring of slots, each row of the batch with its own count.
 
 The token at position p of a document sits in slot p mod S. A cache grows when it is short of slots; a windowed one has
-at most `window` of them and then forgets the oldest.
+at most `window` of them and then forgets the oldest. Where a document's first tokens are kept for ever, as sinks, they
+have slots of their own before the ring.
 
 Shapes: B batch, T time, S slots, G key heads, J value heads, K key width, V value width.
 """
@@ -27,11 +28,19 @@ class KVCache(NamedTuple):
     @property
     def positions_BS(self) -> Tensor:
         """Position of the token in each slot, the last before `length_B` that falls there; negative where empty."""
-        slots = self.k_BSGK.shape[1]
-        last_B1 = self.length_B.unsqueeze(1) - 1
-        return last_B1 - (last_B1 - torch.arange(slots, device=last_B1.device)) % max(slots, 1)
+        return self.positions_beside(sinks=0)
 
-    def append(self, k_BTGK: Tensor, v_BTJV: Tensor, segments: Segments | None, window: int | None) -> KVCache:
+    def positions_beside(self, sinks: int) -> Tensor:
+        """`positions_BS` where the first `sinks` slots are not of the ring."""
+        slot = torch.arange(self.k_BSGK.shape[1], device=self.length_B.device)
+        last_B1 = self.length_B.unsqueeze(1) - 1
+        ring = last_B1 - (last_B1 - slot) % max(len(slot) - sinks, 1)
+        position = torch.where(slot < sinks, slot, ring)
+        return position.masked_fill((position < slot) | (position > last_B1), -1)
+
+    def append(
+        self, k_BTGK: Tensor, v_BTJV: Tensor, segments: Segments | None, window: int | None, sinks: int = 0
+    ) -> KVCache:
         """The cache after the new tokens; of packed documents only the last one's are kept."""
         batch, length = k_BTGK.shape[:2]
         device = k_BTGK.device
@@ -42,11 +51,12 @@ class KVCache(NamedTuple):
             added_B = (segments.valid_BT & (segments.documents_BT == last_B1)).sum(1)
             base_B = torch.where(last_B1.squeeze(1) == 0, self.length_B, 0)
         grown = KVCache(self.k_BSGK, self.v_BSJV, base_B + added_B)
-        if grown.k_BSGK.shape[1] != window:
+        most = None if window is None else window + sinks
+        if grown.k_BSGK.shape[1] != most:
             need = int(grown.length_B.max())
-            grown = grown._resized(need if window is None else min(need, window))
+            grown = grown._resized(need if most is None else min(need, most))
         # Slots whose token is among the new ones take it; the others keep what they have.
-        positions_BS = grown.positions_BS
+        positions_BS = grown.positions_beside(sinks)
         source_BS = length - added_B.unsqueeze(1) + positions_BS - base_B.unsqueeze(1)
         is_new_BS11 = (positions_BS >= base_B.unsqueeze(1))[:, :, None, None]
 

@@ -27,12 +27,15 @@ def attention(
     v_BTJV: Tensor,
     *,
     window: int | None = None,
+    sinks: int = 0,
+    sink_q_BTHK: Tensor | None = None,
     scale: float | None = None,
     cache: KVCache | None = None,
     segments: Segments | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, KVCache | None]:
-    """softmax(scale * Q K^T + mask) V; token t sees the last `window` tokens up to itself (None: all of them).
+    """softmax(scale * Q K^T + mask) V; token t sees the last `window` tokens up to itself (None: all of them), and the
+    first `sinks` tokens of its document, these by the queries `sink_q_BTHK` where they are given.
 
     `scale` defaults to 1/sqrt(K). With a cache in, the tokens continue what it holds and the updated cache comes out.
     Padding tokens give arbitrary finite values. Raises `UserError` for a backend that cannot run.
@@ -40,31 +43,48 @@ def attention(
     length = q_BTHK.shape[1]
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     mask: Tensor | None
-    new_cache = None if cache is None else cache.append(k_BTGK, v_BTJV, segments, window)
+    new_cache = None if cache is None else cache.append(k_BTGK, v_BTJV, segments, window, sinks)
+    is_sink_BS = _are_sinks(k_BTGK, sinks, cache, segments) if sinks else None
     if cache is None:
         plain = segments is None and (window is None or window >= length)
-        mask = None if plain else new_token_mask(length, window, segments, q_BTHK.device)
+        mask = None if plain else new_token_mask(length, window, segments, q_BTHK.device, is_sink_BS)
     elif length == 1 and segments is None and new_cache is not None:
         # A decoding step looks at the ring after its own token has taken the place of the one that left the window.
         k_BTGK, v_BTJV = new_cache.k_BSGK.to(q_BTHK.dtype), new_cache.v_BSJV.to(q_BTHK.dtype)
-        mask = (new_cache.positions_BS >= 0).unsqueeze(1)
+        positions_BS = new_cache.positions_beside(sinks)
+        mask = (positions_BS >= 0).unsqueeze(1)
+        is_sink_BS = positions_BS < sinks if sinks else None
     else:
-        new = new_token_mask(length, window, segments, q_BTHK.device)
-        old = cached_token_mask(length, cache, window, segments)
+        new = new_token_mask(length, window, segments, q_BTHK.device, is_sink_BS)
+        old = cached_token_mask(length, cache, window, segments, sinks)
         mask = torch.cat([old, new.expand(old.shape[0], -1, -1)], dim=2)
         k_BTGK = torch.cat([cache.k_BSGK.to(k_BTGK.dtype), k_BTGK], dim=1)
         v_BTJV = torch.cat([cache.v_BSJV.to(v_BTJV.dtype), v_BTJV], dim=1)
+        if is_sink_BS is not None:
+            is_sink_BS = torch.cat([cache.positions_beside(sinks) < sinks, is_sink_BS], dim=1)
+    if is_sink_BS is not None and sink_q_BTHK is not None:
+        # Heads twice as wide, of which a key fills the half that its query stands in.
+        others, own = (k_BTGK.masked_fill(which[:, :, None, None], 0.0) for which in (is_sink_BS, ~is_sink_BS))
+        q_BTHK, k_BTGK = torch.cat([q_BTHK, sink_q_BTHK], dim=-1), torch.cat([others, own], dim=-1)
     facts = {
         "device": q_BTHK.device.type,
         "dtype": q_BTHK.dtype,
         "cached": cache is not None,
         "packed": segments is not None,
         "windowed": window is not None and window < length,
+        "sinks": sinks > 0,
         "grad": torch.is_grad_enabled(),
         "widths": (q_BTHK.shape[-1], v_BTJV.shape[-1]),
     }
     run = choose("attention", backend, facts).run
     return run(q_BTHK, k_BTGK, v_BTJV, mask, scale, window), new_cache
+
+
+def _are_sinks(k_BTGK: Tensor, sinks: int, cache: KVCache | None, segments: Segments | None) -> Tensor:
+    """is_sink_BT of the new tokens."""
+    zeros_BT = torch.zeros(k_BTGK.shape[:2], dtype=torch.long, device=k_BTGK.device)
+    documents = Segments(zeros_BT) if segments is None else segments
+    return documents.positions_BT(zeros_BT[:, 0] if cache is None else cache.length_B) < sinks
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, window: int | None) -> Tensor:
@@ -112,21 +132,22 @@ def _share(x_BTGK: Tensor, heads: int) -> Tensor:
 
 
 def _flash_why_not(
-    device: str, dtype: torch.dtype, cached: bool, packed: bool, widths: tuple[int, int], **_: Any
+    device: str, dtype: torch.dtype, cached: bool, packed: bool, sinks: bool, widths: tuple[int, int], **_: Any
 ) -> str | None:
     if importlib.util.find_spec("flash_attn") is None:
         return "flash-attn is not installed (pip install -e '.[gpu]' on a CUDA machine)"
     if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return "flash-attn needs a CUDA device and half precision"
-    if cached or packed:
-        return "caches, padding and packed documents go through sdpa"
+    if cached or packed or sinks:
+        return "caches, sinks, padding and packed documents go through sdpa"
     return "flash-attn needs equal key and value widths" if widths[0] != widths[1] else None
 
 
-def _flex_why_not(device: str, cached: bool, packed: bool, **_: Any) -> str | None:
+def _flex_why_not(device: str, cached: bool, packed: bool, sinks: bool, **_: Any) -> str | None:
     if device != "cuda":
         return "FlexAttention has no backward pass on this device"
-    return "caches, padding and packed documents go through sdpa" if cached or packed else None
+    plain = not (cached or packed or sinks)
+    return None if plain else "caches, sinks, padding and packed documents go through sdpa"
 
 
 declare(
@@ -135,5 +156,5 @@ declare(
     Backend("flex", flex, _flex_why_not),
     Backend("flash_attn", flash, _flash_why_not),
     Backend("naive", naive),
-    example={"cached": False, "packed": False, "dtype": torch.bfloat16, "widths": (64, 64)},
+    example={"cached": False, "packed": False, "sinks": False, "dtype": torch.bfloat16, "widths": (64, 64)},
 )
