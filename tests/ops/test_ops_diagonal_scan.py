@@ -202,3 +202,5 @@ def test_what_it_cannot_do_is_said(operator: str) -> None:
     )  # fmt: skip
     with pytest.raises(UserError, match=f"{operator} has no backend 'chunk'; did you mean 'chunked'"):
         run(**inputs, backend="chunk")
+    with pytest.raises(UserError, match="no float64"):
+        run(**inputs, backend="triton")

@@ -16,6 +16,7 @@ from rodimus_lab.ops.diagonal_scan.chunked import chunked
 from rodimus_lab.ops.diagonal_scan.naive import naive
 from rodimus_lab.ops.diagonal_scan.step import one_step
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.triton_facts import why_no_triton
 
 
 def diagonal_scan(
@@ -63,6 +64,16 @@ def starts_BT(segments: Segments) -> Tensor:
     return documents != before
 
 
+def _triton(*arguments: Any) -> Any:
+    from rodimus_lab.ops.diagonal_scan.triton import fused
+
+    return fused(*arguments)
+
+
+def _triton_why_not(device: str, dtype: torch.dtype, **_: Any) -> str | None:
+    return "it has no float64" if dtype == torch.float64 else why_no_triton(device)
+
+
 def _fla(x: Tensor, log_a: Tensor, state: Tensor) -> Any:
     from fla.ops.hgrn import fused_recurrent_hgrn
 
@@ -86,6 +97,7 @@ def _one_step_why_not(length: int, **_: Any) -> str | None:
 declare(
     "diagonal_scan",
     Backend("step", one_step, _one_step_why_not),
+    Backend("triton", _triton, _triton_why_not),
     Backend("chunked", chunked),
     Backend("fla", _fla, _fla_why_not),
     Backend("naive", naive),

@@ -5,6 +5,7 @@ Shapes: B batch, T time, M channels, N state expansion.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rodimus_lab.ops.diagonal_scan.naive import selective_naive
 from rodimus_lab.ops.diagonal_scan.selective_chunked import selective_chunked
 from rodimus_lab.ops.diagonal_scan.step import selective_step
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.triton_facts import why_no_triton
 
 
 def selective_scan(
@@ -62,6 +64,39 @@ def selective_scan(
     return (y_BTM if padding_BT1 is None else y_BTM.masked_fill(padding_BT1, 0.0)), state_BMN
 
 
+def _triton(*arguments: Any) -> Any:
+    from rodimus_lab.ops.diagonal_scan.selective_triton import selective_fused
+
+    return selective_fused(*arguments)
+
+
+def _triton_why_not(device: str, dtype: torch.dtype, expansion: int, **_: Any) -> str | None:
+    if dtype == torch.float64:
+        return "it has no float64"
+    if expansion > 64:
+        return f"the state expansion {expansion} is over 64"
+    return why_no_triton(device)
+
+
+def _mamba_ssm(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: None) -> Any:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    # Its kernel wants all in one dtype, and steps are too fine for bfloat16; it has time last.
+    u_BMT, dt_BMT, B, C = (x.float() if x.ndim == 2 else x.float().transpose(1, 2) for x in (u, dt, B, C))
+    y_BMT, last_BMN = selective_scan_fn(u_BMT, dt_BMT, A.contiguous(), B, C, return_last_state=True)
+    return y_BMT.transpose(1, 2), last_BMN.detach()
+
+
+def _mamba_ssm_why_not(device: str, dtype: torch.dtype, packed: bool, continued: bool, **_: Any) -> str | None:
+    if device != "cuda":
+        return "mamba-ssm's kernel needs a CUDA device"
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return "mamba-ssm is not installed (pip install -e '.[gpu]' on a CUDA machine)"
+    if packed or continued:
+        return "it starts from nothing and knows neither padding nor packed documents"
+    return "it has no float64" if dtype == torch.float64 else None
+
+
 def _one_step_why_not(length: int, **_: Any) -> str | None:
     return None if length == 1 else "it is for one token at a time"
 
@@ -69,7 +104,9 @@ def _one_step_why_not(length: int, **_: Any) -> str | None:
 declare(
     "selective_scan",
     Backend("step", selective_step, _one_step_why_not),
+    Backend("triton", _triton, _triton_why_not),
     Backend("chunked", selective_chunked),
+    Backend("mamba_ssm", _mamba_ssm, _mamba_ssm_why_not),
     Backend("naive", selective_naive),
     example={"length": 512, "dtype": torch.bfloat16, "packed": False, "continued": False, "expansion": 16},
 )

@@ -1,0 +1,298 @@
+"""The selective scan in Triton: a program walks a block of channels through time with their N states in registers.
+
+Nothing of the size of all states is written. The forward pass keeps the states that enter every `CHUNK` tokens; the
+backward pass goes through the chunks from the last, works a chunk's states out again into a scratch of its own, which
+is small enough to stay in the cache, and walks back over them. Its equations are in `selective_chunked`.
+
+Sums are taken in a fixed order: the same inputs give the same bits.
+
+Shapes: B batch, T time, M channels, N state expansion, S stretches, K chunks, P blocks of channels; C chunk length.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rodimus_lab.ops.diagonal_scan.stretches import chain, split
+
+CHUNK = 16
+STATES = 512  # of a program
+
+
+@triton.jit
+def _per_state(z_ptr, b, t, T, N, channel, state, inside, VARIES: tl.constexpr):
+    """B or C at a token as a block of states: one row for all channels where it varies in time, else (M, N)."""
+    if VARIES:
+        row = tl.load(z_ptr + (b * T + t) * N + state, mask=state < N, other=0.0).to(tl.float32)
+        return tl.where(inside, row[None, :], 0.0)
+    else:
+        at = channel[:, None] * N + state[None, :]
+        return tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _decay(dt, A, starts_ptr, b, t, T, PACKED: tl.constexpr):
+    a = tl.exp(dt[:, None] * A)
+    if PACKED:
+        a = tl.where(tl.load(starts_ptr + b * T + t) != 0, 0.0, a)
+    return a
+
+
+@triton.jit
+def _forward_kernel(
+    u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, starts_ptr, start_ptr, y_out, kept_out, end_out, decay_out, T, M, N, LENGTH,
+    BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, VARIES_B: tl.constexpr, VARIES_C: tl.constexpr,
+    PACKED: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """y over one stretch, the states entering its chunks, and its last. Without `KEEP`: from zero, the last state and
+    the whole decay."""
+    stretch, stretches = tl.program_id(2), tl.num_programs(2)
+    b = tl.program_id(1).to(tl.int64)
+    channel, state = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BN)
+    in_M, inside = channel < M, (channel < M)[:, None] & (state < N)[None, :]
+    of_state = channel[:, None] * N + state[None, :]
+    edge = (b * stretches + stretch) * M * N + of_state
+    A = tl.load(A_ptr + of_state, mask=inside, other=0.0)
+    h = tl.zeros([BM, BN], tl.float32)
+    whole = tl.full([BM, BN], 1.0, tl.float32)
+    if KEEP:
+        h = tl.load(start_ptr + edge, mask=inside, other=0.0)
+    end = tl.minimum(stretch * LENGTH + LENGTH, T)
+    for first in range(stretch * LENGTH, end, CHUNK):
+        if KEEP:
+            kept = (b * tl.cdiv(T, CHUNK) + first // CHUNK) * M * N
+            tl.store(kept_out + kept + of_state, h, mask=inside)
+        for t in range(first, tl.minimum(first + CHUNK, end)):
+            at = (b * T + t) * M + channel
+            u = tl.load(u_ptr + at, mask=in_M, other=0.0).to(tl.float32)
+            dt = tl.load(dt_ptr + at, mask=in_M, other=0.0)
+            a = _decay(dt, A, starts_ptr, b, t, T, PACKED)
+            h = a * h + (dt * u)[:, None] * _per_state(B_ptr, b, t, T, N, channel, state, inside, VARIES_B)
+            if KEEP:
+                y = tl.sum(h * _per_state(C_ptr, b, t, T, N, channel, state, inside, VARIES_C), 1)
+                tl.store(y_out + at, y.to(y_out.dtype.element_ty), mask=in_M)
+            else:
+                whole *= a
+    tl.store(end_out + edge, h, mask=inside)
+    if not KEEP:
+        tl.store(decay_out + edge, whole, mask=inside)
+
+
+@triton.jit
+def _reverse_kernel(
+    dt_ptr, A_ptr, C_ptr, starts_ptr, dy_ptr, end_out, decay_out, T, M, N, LENGTH,
+    BM: tl.constexpr, BN: tl.constexpr, VARIES_C: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """One stretch from its end to its start, from zero: the gradient of the state before it, and the whole decay."""
+    stretch, stretches = tl.program_id(2), tl.num_programs(2)
+    b = tl.program_id(1).to(tl.int64)
+    channel, state = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BN)
+    in_M, inside = channel < M, (channel < M)[:, None] & (state < N)[None, :]
+    of_state = channel[:, None] * N + state[None, :]
+    A = tl.load(A_ptr + of_state, mask=inside, other=0.0)
+    dstate = tl.zeros([BM, BN], tl.float32)
+    whole = tl.full([BM, BN], 1.0, tl.float32)
+    begin, end = stretch * LENGTH, tl.minimum(stretch * LENGTH + LENGTH, T)
+    for step in range(end - begin):
+        t = end - 1 - step
+        at = (b * T + t) * M + channel
+        dt = tl.load(dt_ptr + at, mask=in_M, other=0.0)
+        dy = tl.load(dy_ptr + at, mask=in_M, other=0.0).to(tl.float32)
+        a = _decay(dt, A, starts_ptr, b, t, T, PACKED)
+        C = _per_state(C_ptr, b, t, T, N, channel, state, inside, VARIES_C)
+        dstate = a * (dy[:, None] * C + dstate)
+        whole *= a
+    edge = (b * stretches + stretch) * M * N + of_state
+    tl.store(end_out + edge, dstate, mask=inside)
+    tl.store(decay_out + edge, whole, mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, starts_ptr, kept_ptr, dy_ptr, dstart_ptr, scratch_ptr,
+    du_out, ddt_out, dA_out, dB_out, dC_out, dend_out, T, M, N, LENGTH,
+    BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, VARIES_B: tl.constexpr, VARIES_C: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """One stretch from its end to its start. dB and dC are (B, T, P, N), or like dA (B, S, M, N)."""
+    block, blocks = tl.program_id(0), tl.num_programs(0)
+    stretch, stretches = tl.program_id(2), tl.num_programs(2)
+    b = tl.program_id(1).to(tl.int64)
+    row, state = tl.arange(0, BM), tl.arange(0, BN)
+    channel = block * BM + row
+    in_M, inside = channel < M, (channel < M)[:, None] & (state < N)[None, :]
+    of_state = channel[:, None] * N + state[None, :]
+    edge = (b * stretches + stretch) * M * N + of_state
+    program = (b * stretches + stretch) * blocks + block
+    scratch = scratch_ptr + program * (CHUNK + 1) * BM * BN + row[:, None] * BN + state[None, :]
+    A = tl.load(A_ptr + of_state, mask=inside, other=0.0)
+    dstate = tl.load(dstart_ptr + edge, mask=inside, other=0.0)
+    dA, dB, dC = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
+    begin, end = stretch * LENGTH, tl.minimum(stretch * LENGTH + LENGTH, T)
+    chunks = tl.cdiv(end - begin, CHUNK)
+    for back in range(chunks):
+        first = begin + (chunks - 1 - back) * CHUNK
+        last = tl.minimum(first + CHUNK, end)
+        h = tl.load(kept_ptr + (b * tl.cdiv(T, CHUNK) + first // CHUNK) * M * N + of_state, mask=inside, other=0.0)
+        tl.store(scratch, h)
+        for t in range(first, last):
+            at = (b * T + t) * M + channel
+            u = tl.load(u_ptr + at, mask=in_M, other=0.0).to(tl.float32)
+            dt = tl.load(dt_ptr + at, mask=in_M, other=0.0)
+            a = _decay(dt, A, starts_ptr, b, t, T, PACKED)
+            h = a * h + (dt * u)[:, None] * _per_state(B_ptr, b, t, T, N, channel, state, inside, VARIES_B)
+            tl.store(scratch + (t - first + 1) * BM * BN, h)
+        tl.debug_barrier()  # What follows may read what other threads have written.
+        for step in range(last - first):
+            t = last - 1 - step
+            at = (b * T + t) * M + channel
+            u = tl.load(u_ptr + at, mask=in_M, other=0.0).to(tl.float32)
+            dt = tl.load(dt_ptr + at, mask=in_M, other=0.0)
+            dy = tl.load(dy_ptr + at, mask=in_M, other=0.0).to(tl.float32)
+            B = _per_state(B_ptr, b, t, T, N, channel, state, inside, VARIES_B)
+            C = _per_state(C_ptr, b, t, T, N, channel, state, inside, VARIES_C)
+            before = tl.load(scratch + (t - first) * BM * BN)
+            a = _decay(dt, A, starts_ptr, b, t, T, PACKED)
+            dh = dy[:, None] * C + dstate
+            dstate = a * dh
+            e = dstate * before
+            dA += dt[:, None] * e
+            w = tl.sum(dh * B, 1)
+            tl.store(du_out + at, (w * dt).to(du_out.dtype.element_ty), mask=in_M)
+            tl.store(ddt_out + at, tl.sum(e * A, 1) + w * u, mask=in_M)
+            dB_t = (dt * u)[:, None] * dh
+            dC_t = dy[:, None] * h
+            part = ((b * T + t) * blocks + block) * N + state
+            if VARIES_B:
+                tl.store(dB_out + part, tl.sum(dB_t, 0), mask=state < N)
+            else:
+                dB += dB_t
+            if VARIES_C:
+                tl.store(dC_out + part, tl.sum(dC_t, 0), mask=state < N)
+            else:
+                dC += dC_t
+            h = before
+        tl.debug_barrier()  # The next chunk writes over the scratch.
+    tl.store(dA_out + edge, dA, mask=inside)
+    tl.store(dend_out + edge, dstate, mask=inside)
+    if not VARIES_B:
+        tl.store(dB_out + edge, dB, mask=inside)
+    if not VARIES_C:
+        tl.store(dC_out + edge, dC, mask=inside)
+
+
+class _Plan(NamedTuple):
+    """`grid`: blocks of channels, batch, stretches."""
+
+    grid: tuple[int, int, int]
+    BM: int
+    BN: int
+    numbers: dict[str, int]
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return self.numbers | {"BM": self.BM, "BN": self.BN, "num_warps": 4}
+
+
+def _plan(u: Tensor, A: Tensor) -> _Plan:
+    batch, length, channels = u.shape
+    expansion = A.shape[1]
+    BN = triton.next_power_of_2(expansion)
+    BM = min(max(1, STATES // BN), triton.next_power_of_2(channels))
+    blocks = triton.cdiv(channels, BM)
+    stretches, tokens = split(length, blocks * batch, CHUNK, on_gpu=u.is_cuda)
+    numbers = {"T": length, "M": channels, "N": expansion, "LENGTH": tokens}
+    return _Plan((blocks, batch, stretches), BM, BN, numbers)
+
+
+@torch.library.custom_op("rodimus_lab::selective_scan", mutates_args=())
+def _forward(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state, and the states entering each chunk."""
+    u, dt, A, B, C, state = (z.contiguous() for z in (u, dt, A, B, C, state))
+    plan = _plan(u, A)
+    y = torch.empty_like(u)
+    kept = state.new_empty(u.shape[0], triton.cdiv(u.shape[1], CHUNK), *A.shape)
+    end = state.new_empty(u.shape[0], plan.grid[2], *A.shape)
+    start, decay = state.unsqueeze(1), torch.empty_like(end)
+    inputs = (u, dt, A, B, C, dt if starts is None else starts)
+    flags = {"CHUNK": CHUNK, "VARIES_B": B.ndim == 3, "VARIES_C": C.ndim == 3, "PACKED": starts is not None}
+    if plan.grid[2] > 1:
+        _forward_kernel[plan.grid](*inputs, start, y, kept, end, decay, KEEP=False, **flags, **plan.blocks)
+        start = chain(state, end, decay)
+    _forward_kernel[plan.grid](*inputs, start, y, kept, end, decay, KEEP=True, **flags, **plan.blocks)
+    return y, end[:, -1].clone(), kept
+
+
+@_forward.register_fake
+def _(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None) -> Any:
+    kept = state.new_empty(u.shape[0], -(-u.shape[1] // CHUNK), *A.shape)
+    return u.new_empty(u.shape), state.new_empty(state.shape), kept
+
+
+@torch.library.custom_op("rodimus_lab::selective_scan_backward", mutates_args=())
+def _backward(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor | None, kept: Tensor, dy: Tensor,
+    dlast: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    u, dt, A, B, C, dy = (z.contiguous() for z in (u, dt, A, B, C, dy))
+    plan, batch, length = _plan(u, A), *u.shape[:2]
+    blocks, _, stretches = plan.grid
+    du, ddt = torch.empty_like(u), torch.empty_like(dt)
+    end = kept.new_empty(batch, stretches, *A.shape)
+    dA, decay = torch.empty_like(end), torch.empty_like(end)
+    dB, dC = (
+        kept.new_empty(batch, length, blocks, A.shape[1]) if z.ndim == 3 else torch.empty_like(end) for z in (B, C)
+    )
+    scratch = kept.new_empty(blocks * batch * stretches, CHUNK + 1, plan.BM, plan.BN)
+    dlast = torch.zeros_like(kept[:, 0]) if dlast is None else dlast
+    start = dlast.unsqueeze(1).contiguous()
+    given = dt if starts is None else starts
+    flags = {"VARIES_C": C.ndim == 3, "PACKED": starts is not None}
+    if stretches > 1:
+        _reverse_kernel[plan.grid](dt, A, C, given, dy, end, decay, **flags, **plan.blocks)
+        start = chain(dlast, end, decay, reverse=True)
+    _backward_kernel[plan.grid](
+        u, dt, A, B, C, given, kept, dy, start, scratch, du, ddt, dA, dB, dC, end,
+        CHUNK=CHUNK, VARIES_B=B.ndim == 3, **flags, **plan.blocks,
+    )  # fmt: skip
+    dB, dC = ((d.sum(2) if z.ndim == 3 else d.sum((0, 1))).to(z.dtype) for d, z in ((dB, B), (dC, C)))
+    return du, ddt, dA.sum((0, 1)), dB, dC, end[:, 0].clone()
+
+
+@_backward.register_fake
+def _(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor | None, kept: Tensor, dy: Tensor,
+    dlast: Tensor | None,
+) -> Any:  # fmt: skip
+    du, ddt, dA, dB, dC, dstate = (z.new_empty(z.shape) for z in (u, dt, A, B, C, kept[:, 0]))
+    return du, ddt, dA, dB, dC, dstate
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    u, dt, A, B, C, _, starts = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(u, dt, A, B, C, starts, output[2])
+
+
+def _backward_of(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: Any) -> Any:
+    dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
+    return (*_backward(*ctx.saved_tensors, dy, dlast), None)
+
+
+_forward.register_autograd(_backward_of, setup_context=_setup_context)
+
+
+def selective_fused(
+    u_BTM: Tensor, dt_BTM: Tensor, A_MN: Tensor, B: Tensor, C: Tensor, state_BMN: Tensor, starts_BT: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """All but reading and writing in float32; see `selective_scan` for the arguments."""
+    starts = None if starts_BT is None else starts_BT.to(torch.int8)
+    return _forward(u_BTM, dt_BTM, A_MN, B, C, state_BMN, starts)[:2]
