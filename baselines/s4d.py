@@ -22,12 +22,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from rodimus_lab.nn.block import BlockConfig
-from rodimus_lab.nn.feedforward import FeedForwardConfig
+from baselines.linear_attention import with_feed_forward
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer, TokenMixerConfig
 from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.norm import at_least_fp32
-from rodimus_lab.nn.zoo import MODELS, Size, align8
+from rodimus_lab.nn.zoo import MODELS, Size
 from rodimus_lab.ops.diagonal_scan import selective_scan
 from rodimus_lab.ops.segments import Segments
 
@@ -114,10 +113,4 @@ class S4D(TokenMixer):
 @MODELS.register("s4d")
 def s4d(size: Size) -> LanguageModelConfig:
     """As many layers as a Transformer; what they save on attention is spent on the feed-forward."""
-    feed_forward = FeedForwardConfig(width=align8(10 * size.d_model / 3))
-    return LanguageModelConfig(
-        vocab_size=size.vocab_size,
-        d_model=size.d_model,
-        pattern=(BlockConfig(hops=((S4DConfig(),), (feed_forward,))),),
-        repeats=size.num_layers,
-    )
+    return with_feed_forward(size, S4DConfig())
