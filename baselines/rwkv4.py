@@ -270,7 +270,7 @@ class RWKV4Channel(TokenMixer):
 
 def shifted(x_BTD: Tensor, state_B1D: Tensor | None, segments: Segments | None) -> tuple[Tensor, Tensor]:
     """The input one token earlier in its document, 0 before the first; and the last input."""
-    taps_D2 = x_BTD.new_tensor([1.0, 0.0]).expand(x_BTD.shape[-1], 2)
+    taps_D2 = F.pad(x_BTD.new_ones(x_BTD.shape[-1], 1), (0, 1))
     return short_conv(x_BTD, taps_D2, state_BWD=state_B1D, segments=segments)
 
 

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from rodimus_lab.nn.attention import Attention, AttentionConfig
 from rodimus_lab.nn.heads import HeadSharing
-from rodimus_lab.nn.mixer import State, TokenMixer
+from rodimus_lab.nn.mixer import State
 from rodimus_lab.nn.model import LanguageModelConfig
-from rodimus_lab.nn.norm import Norm
+from rodimus_lab.nn.norm import Norm, linear_of_step
 from rodimus_lab.nn.rotary import rotary_table, rotate
 from rodimus_lab.nn.zoo import MODELS, Size
-from rodimus_lab.ops.attention import KVCache, attention
+from rodimus_lab.ops.attention import KVCache, attention, sink_attention_step
 from rodimus_lab.ops.segments import Segments
 
 Positive = Annotated[int, Field(ge=1)]
@@ -79,26 +79,38 @@ class StreamingLLM(Attention):
     ) -> tuple[Tensor, State | None]:
         qkv = self.qkv_proj(x_BTD).split(self.widths, dim=-1)
         q_BTHK, k_BTGK, v_BTJK = (x.unflatten(-1, (-1, self.head_width)) for x in qkv)
-        sink_q_BTHK = None
-        if (base := self.config.rotary_base) is not None:
-            true_BT = self._positions(x_BTD, state, segments)
-            in_cache_BT = true_BT.clamp(max=self.config.slots - 1)
-            true, in_cache = (rotary_table(p, self.head_width, base, q_BTHK.dtype) for p in (true_BT, in_cache_BT))
-            q_BTHK, k_BTGK, sink_q_BTHK = rotate(q_BTHK, true), rotate(k_BTGK, true), rotate(q_BTHK, in_cache)
+        positions_BT = self._positions(x_BTD, state, segments)
+        q_BTHK, sink_q_BTHK, k_BTGK = self._turned(q_BTHK, k_BTGK, positions_BT)
         o_BTHK, state = attention(
             q_BTHK,
             k_BTGK,
             v_BTJK,
             window=self.config.window,
             sinks=self.config.sinks,
-            sink_q_BTHK=sink_q_BTHK,
+            sink_q_BTHK=None if self.config.rotary_base is None else sink_q_BTHK,
             cache=state,
             segments=segments,
         )
         return self.out_proj(o_BTHK.flatten(-2)), state
 
     def step(self, x_BD: Tensor, norm: Norm, base_BD: Tensor, state: State, ahead: Tensor | None = None) -> Tensor:
-        return TokenMixer.step(self, x_BD, norm, base_BD, state, ahead)  # the fused one knows no sinks
+        qkv = linear_of_step(x_BD, self.qkv_proj, norm).split(self.widths, dim=-1)
+        q_BHK, k_BGK, v_BJK = (x.unflatten(-1, (-1, self.head_width)) for x in qkv)
+        turned = self._turned(q_BHK.unsqueeze(1), k_BGK.unsqueeze(1), state.length_B.unsqueeze(1))
+        q_BHK, sink_q_BHK, k_BGK = (x.squeeze(1) for x in turned)
+        o_BHK = sink_attention_step(q_BHK, k_BGK, v_BJK, state, sinks=self.config.sinks, sink_q_BHK=sink_q_BHK)
+        return linear_of_step(o_BHK.flatten(-2), self.out_proj, base_BE=base_BD)
+
+    def _turned(self, q_BTHK: Tensor, k_BTGK: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries for the window, those for the sinks, and the keys."""
+        base = self.config.rotary_base
+        if base is None:
+            return q_BTHK, q_BTHK, k_BTGK
+        true, in_cache = (
+            rotary_table(positions, self.head_width, base, q_BTHK.dtype)
+            for positions in (positions_BT, positions_BT.clamp(max=self.config.slots - 1))
+        )
+        return rotate(q_BTHK, true), rotate(q_BTHK, in_cache), rotate(k_BTGK, true)
 
 
 @MODELS.register("streaming_llm")

@@ -9,6 +9,7 @@ from torch import Tensor
 from baselines.streaming_llm import StreamingLLM, StreamingLLMConfig
 from rodimus_lab.nn.heads import HeadSharing
 from rodimus_lab.nn.mixer import Initializer, state_nbytes
+from rodimus_lab.nn.norm import Norm
 from rodimus_lab.nn.rotary import rotary_table, rotate
 from rodimus_lab.nn.zoo import build_model
 from rodimus_lab.ops import Segments, attention
@@ -56,6 +57,17 @@ def test_it_is_the_authors_cache(rotary_base: float | None) -> None:
             outputs.append(y)
         torch.testing.assert_close(torch.cat(outputs, dim=1), want)
         assert state_nbytes(state) == mixer.config.state_bytes(D, 2, 40, torch.float64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", [2, 6, 8, 40])
+def test_steps_in_place(context: int) -> None:
+    """Also while the cache is short, for a text that is."""
+    mixer, norm, x = drawn(), Norm(D).double(), torch.randn(2, context, D, dtype=torch.float64)
+    want, _ = mixer(norm(x))
+    state, base = mixer.init_state(2, context=context), torch.randn(2, D, dtype=torch.float64)
+    for t in range(context):
+        torch.testing.assert_close(mixer.step(x[:, t], norm, base, state), base + want[:, t])
 
 
 @torch.no_grad()

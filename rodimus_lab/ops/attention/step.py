@@ -67,6 +67,30 @@ def naive(
     return (weight_BHS.unsqueeze(-2) @ v_BHSV).squeeze(-2)
 
 
+def sink_attention_step(
+    q_BHK: Tensor, k_BGK: Tensor, v_BJV: Tensor, cache: KVCache, *, sinks: int, sink_q_BHK: Tensor
+) -> Tensor:
+    """As `attention_step` where the first `sinks` slots keep their tokens and are read by `sink_q_BHK`, in plain torch.
+    Queries and keys come turned."""
+    heads, slots = q_BHK.shape[1], cache.k_BSGK.shape[1]
+    position_B, index = cache.length_B, torch.arange(slots, device=q_BHK.device)
+    slot_B = torch.where(position_B < slots, position_B, sinks + (position_B - sinks) % max(slots - sinks, 1))
+    rows = torch.arange(q_BHK.shape[0], device=q_BHK.device)
+    cache.k_BSGK[rows, slot_B] = k_BGK.to(cache.k_BSGK.dtype)
+    cache.v_BSJV[rows, slot_B] = v_BJV.to(cache.v_BSJV.dtype)
+    cache.length_B.add_(1)
+    k_BHSK, v_BHSV = (
+        x.to(q_BHK.dtype).transpose(1, 2).repeat_interleave(heads // x.shape[2], dim=1)
+        for x in (cache.k_BSGK, cache.v_BSJV)
+    )
+    parts = ((k_BHSK[:, :, :sinks], sink_q_BHK), (k_BHSK[:, :, sinks:], q_BHK))
+    scores_BHS1 = torch.cat([k @ q.unsqueeze(-1) for k, q in parts], dim=2)
+    empty_BS = index >= cache.length_B.unsqueeze(1)
+    scores_BHS = scores_BHS1.squeeze(-1) * q_BHK.shape[-1] ** -0.5
+    weight_BHS = scores_BHS.masked_fill(empty_BS.unsqueeze(1), float("-inf")).softmax(-1)
+    return (weight_BHS.unsqueeze(-2) @ v_BHSV).squeeze(-2)
+
+
 def _turned(x_BHK: Tensor, angle_B1K: Tensor) -> Tensor:
     wide = torch.promote_types(x_BHK.dtype, torch.float32)
     cos, sin = angle_B1K.cos().to(wide), angle_B1K.sin().to(wide)
