@@ -8,7 +8,7 @@ MODEL ?= rodimus
 RUN_FLAGS := $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-gpu lint wikitext103 tables bench doctor clean
+.PHONY: help setup test test-gpu lint wikitext103 tables zoo bench doctor clean
 
 help: ## list the targets
 	@echo "Targets (options in capitals, such as MODEL=rodimus BUDGET=short CORPUS=enwiki-25k):"
@@ -39,6 +39,9 @@ wikitext103: setup ## train MODEL at Table 1's configuration and rebuild Table 1
 
 tables: setup ## rebuild every table from the run records
 	$(LAB) report
+
+zoo: setup ## rewrite docs/zoo.md: Table 4 and the rest of the zoo, from the code
+	$(BIN)/python -c 'from experiments.zoo import write_page; write_page()'
 
 bench: setup ## measure this machine: data, loss, operators, training, decoding, beside the peers that are installed
 	$(LAB) bench data

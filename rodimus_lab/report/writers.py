@@ -33,6 +33,11 @@ _LATEX = {
     "ℓ": r"$\ell$",
     "τ": r"$\tau$",
     "β": r"$\beta$",
+    "σ": r"$\sigma$",
+    "ζ": r"$\zeta$",
+    "⊙": r"$\odot$",
+    "√": r"$\surd$",
+    "ᵀ": r"$^\top$",
 }
 _MARKDOWN_MARKS = {"best": "**{}**", "second": "<ins>{}</ins>", "": "{}"}
 _LATEX_MARKS = {"best": r"\textbf{{{}}}", "second": r"\underline{{{}}}", "": "{}"}
