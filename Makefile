@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LAB := $(BIN)/rodimus-lab
-EXTRAS := data,kernels,train,dev
+EXTRAS := data,kernels,train,figures,dev
 MODEL ?= rodimus
 RUN_FLAGS := $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-gpu lint wikitext103 tables zoo bench doctor clean
+.PHONY: help setup test test-gpu lint wikitext103 tables figures zoo bench doctor clean
 
 help: ## list the targets
 	@echo "Targets (options in capitals, such as MODEL=rodimus BUDGET=short CORPUS=enwiki-25k):"
@@ -39,6 +39,9 @@ wikitext103: setup ## train MODEL at Table 1's configuration and rebuild Table 1
 
 tables: setup ## rebuild every table from the run records
 	$(LAB) report
+
+figures: setup ## redraw every figure as SVG and PNG, its numbers beside it
+	$(BIN)/python -c 'from rodimus_lab.report import write_figures; write_figures()'
 
 zoo: setup ## rewrite docs/zoo.md: Table 4 and the rest of the zoo, from the code
 	$(BIN)/python -c 'from experiments.zoo import write_page; write_page()'

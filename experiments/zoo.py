@@ -1,4 +1,5 @@
-"""Table 4, the functional forms of the recurrences, beside what the code has; and the rest of the zoo.
+"""Table 4, the functional forms of the recurrences, beside what the code has; the rest of the zoo; and every state's
+size against the context.
 
 Nothing is trained: states are real ones on the meta device, operators are those that the mixers' code calls, and
 formulas are the docstrings'. `docs/zoo.md` is `page()`, which `make zoo` writes.
@@ -21,12 +22,13 @@ from rodimus_lab.nn.mixer import TokenMixer, state_nbytes
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config
 from rodimus_lab.records import PROJECT_ROOT, Record, write_atomic
 from rodimus_lab.registry import load_plugins
-from rodimus_lab.report import Cell, Column, PaperResults, Table, to_markdown
+from rodimus_lab.report import FIGURES, Cell, Column, Figure, Line, PaperResults, Table, to_markdown
 
 PAGE = PROJECT_ROOT / "docs" / "zoo.md"
 SIZE = SIZES["1.3b"]
 SMALL = SIZES["wikitext103"]
 CONTEXTS = (2048, 16384)
+GROWING = tuple(2**power for power in range(9, 17))
 OPERATORS = ("gated_linear", "selective_scan", "diagonal_scan", "attention")
 PAPER_COLUMNS = {
     "gate_dim": "Gate",
@@ -58,6 +60,13 @@ INTRODUCTION = """\
 Written by `make zoo` from the code and the paper's Table 4; a test holds it to both. A file holds a family: its mixer,
 its config and its presets. All models are rows of `rodimus-lab params` and are held to one contract
 (`tests/nn/test_nn_contract.py`).
+"""
+STATES = """\
+## States against the context
+
+![State of one sequence against the context](../results/figures/state_bytes.svg)
+
+Drawn by `make figures`; the numbers are in [state_bytes.csv](../results/figures/state_bytes.csv).
 """
 
 
@@ -146,10 +155,24 @@ def others() -> Table:
     )
 
 
+@FIGURES.register("state_bytes")
+def state_bytes(records: Sequence[Record], paper: PaperResults) -> Figure:
+    """Every model's state against the context: constant, full from some context on, or growing."""
+    load_plugins()
+    lines = [Line(name, GROWING, state_sizes(name, GROWING, size=SIZE.name)) for name in MODELS]
+    return Figure(
+        f"State of one sequence at the {SIZE.name} size, in bfloat16",
+        "Context (tokens)",
+        "State (bytes)",
+        "B",
+        lines,
+    )
+
+
 def page() -> str:
     """The text of docs/zoo.md."""
     parts = [INTRODUCTION, _section(table4([], PaperResults())), "## As the code has them\n", *formulas()]
-    return "\n".join([*parts, _section(others())])
+    return "\n".join([*parts, _section(others()), STATES])
 
 
 def write_page() -> None:

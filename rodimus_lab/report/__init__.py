@@ -1,14 +1,18 @@
-"""Reports: tables made of run records and of the paper's numbers. Needs neither torch nor a GPU."""
+"""Reports: tables and figures made of run records and of the paper's numbers. Needs neither torch nor a GPU."""
 
 from rodimus_lab.report.comparison import Metric, paper_vs_measured
+from rodimus_lab.report.figure import FIGURES, Figure, Line, write_figure, write_figures
 from rodimus_lab.report.paper import PaperResults, PaperRow, Printed, paper_table
 from rodimus_lab.report.runs import runs_json, runs_table
 from rodimus_lab.report.table import Cell, Column, Table
 from rodimus_lab.report.writers import to_csv, to_latex, to_markdown, write
 
 __all__ = [
+    "FIGURES",
     "Cell",
     "Column",
+    "Figure",
+    "Line",
     "Metric",
     "PaperResults",
     "PaperRow",
@@ -22,4 +26,6 @@ __all__ = [
     "to_latex",
     "to_markdown",
     "write",
+    "write_figure",
+    "write_figures",
 ]

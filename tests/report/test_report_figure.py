@@ -1,0 +1,65 @@
+"""Figures: reproducible files, one style a model, names that do not run into one another; and those committed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rodimus_lab.records import PROJECT_ROOT, load_records
+from rodimus_lab.registry import load_plugins
+from rodimus_lab.report import FIGURES, Figure, Line, PaperResults, write_figure
+from rodimus_lab.report.figure import FAMILIES, figure_csv, spread, style_of
+
+COMMITTED = PROJECT_ROOT / "results" / "figures"
+LINES = [Line("rodimus", (512, 1024), (5, 5)), Line("transformer", (512, 1024), (1.5, 3))]
+FIGURE = Figure("State", "Context", "Bytes", "B", LINES)
+
+
+def test_the_same_figure_is_the_same_files(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    first = write_figure(FIGURE, tmp_path / "first", "state")
+    again = write_figure(FIGURE, tmp_path / "again", "state")
+    assert [path.suffix for path in first] == [".svg", ".png", ".csv"]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
+    assert b"<dc:date>" not in first[0].read_bytes()
+
+
+def test_numbers_stand_beside_it() -> None:
+    assert figure_csv(FIGURE).splitlines() == [
+        "name,Context,Bytes",
+        "rodimus,512,5",
+        "rodimus,1024,5",
+        "transformer,512,1.5",
+        "transformer,1024,3",
+    ]
+
+
+def test_a_style_is_of_the_name_alone_and_of_one_model() -> None:
+    names = [name for family in FAMILIES.values() for name in family]
+    styles = {(style["color"], style["marker"]) for style in map(style_of, names)}
+    assert len(styles) == len(names)
+    assert style_of("some new model") == style_of("some new model")
+
+
+@pytest.mark.parametrize(
+    ("heights", "apart"),
+    [
+        ([], []),
+        ([0.1, 0.5], [0.1, 0.5]),
+        ([0.5, 0.5], [0.45, 0.55]),
+        ([0.5, 0.5, 0.58], [0.4267, 0.5267, 0.6267]),
+    ],
+)
+def test_names_are_kept_apart(heights: list[float], apart: list[float]) -> None:
+    assert spread(heights, 0.1) == pytest.approx(apart, abs=1e-4)
+
+
+def test_the_committed_numbers_are_those_of_the_code() -> None:
+    load_plugins()
+    assert {path.stem for path in COMMITTED.iterdir()} == set(FIGURES)
+    for name in FIGURES:
+        made = figure_csv(FIGURES[name](load_records(PROJECT_ROOT / "results" / "runs"), PaperResults()))
+        assert (COMMITTED / f"{name}.csv").read_text() == made, f"run `make figures` and commit {name}"
+        assert (COMMITTED / f"{name}.svg").is_file()
+        assert (COMMITTED / f"{name}.png").stat().st_size < 300_000
