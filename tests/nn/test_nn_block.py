@@ -99,7 +99,7 @@ def test_recomputing_changes_no_gradient(compiled: bool) -> None:
 
         block.recompute = recompute
         torch.compiler.reset()
-        run = torch.compile(block, backend="aot_eager") if compiled else block
+        run = torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             y, _ = run(x)
         return list(torch.autograd.grad(y.square().sum(), block.parameters())), sum(kept.values())

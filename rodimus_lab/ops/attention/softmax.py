@@ -8,7 +8,6 @@ Shapes: B batch, T time, H query heads, G key heads, J value heads, K key width,
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from rodimus_lab.ops.attention.cache import KVCache
 from rodimus_lab.ops.attention.masks import cached_token_mask, new_token_mask
 from rodimus_lab.ops.backend import Backend, choose, declare
+from rodimus_lab.ops.installed import installed
 from rodimus_lab.ops.segments import Segments
 
 
@@ -134,7 +134,7 @@ def _share(x_BTGK: Tensor, heads: int) -> Tensor:
 def _flash_why_not(
     device: str, dtype: torch.dtype, cached: bool, packed: bool, sinks: bool, widths: tuple[int, int], **_: Any
 ) -> str | None:
-    if importlib.util.find_spec("flash_attn") is None:
+    if not installed("flash_attn"):
         return "flash-attn is not installed (pip install -e '.[gpu]' on a CUDA machine)"
     if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return "flash-attn needs a CUDA device and half precision"

@@ -252,13 +252,13 @@ def _backward_kernel(
 
 # A row of a tile is 128 bytes of a 16-bit type. STAGES: how many groups of U steps, or tiles, are in shared memory at
 # once, one of them in use.
-FORWARD_TILE = {"S": 16, "BM": 64, "U": 4, "STAGES": 2, "num_warps": 4}
-GATE_TILE = {"BT": 64, "BM": 64, "STAGES": 2, "num_warps": 4, "maxnreg": 168}
-BACKWARD_TILE = {"S": 16, "BM": 64, "U": 4, "STAGES": 2, "num_warps": 4}
+FORWARD_TILE = {"S": 16, "BM": 64, "U": 4, "STAGES": 4, "num_warps": 4, "maxnreg": 128}
+GATE_TILE = {"BT": 64, "BM": 64, "STAGES": 3, "num_warps": 4, "maxnreg": 168}
+BACKWARD_TILE = {"S": 16, "BM": 64, "U": 4, "STAGES": 3, "num_warps": 4}
 # Programs a multiprocessor that stretches may be cut short for, and the longest: a stretch reads W-1 tokens too many.
 PROGRAMS, LONGEST = 2, 128
 # Tokens that a program of the gate's backward pass sums over.
-GATE_STRETCH = 512
+GATE_STRETCH = 1024
 
 
 def _fit(tile: dict[str, int], x: Tensor) -> dict[str, int]:

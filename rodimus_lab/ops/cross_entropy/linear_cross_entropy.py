@@ -109,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     continue
                 dlogits = dlogits.to(dtype)
                 dx_ND[rows] = (dlogits @ weight).to(dx_ND.dtype)
-                dweight += dlogits.T @ x[rows]
+                _add_product(dweight, dlogits.T, x[rows])
                 if dbias is not None:
                     dbias += dlogits.sum(0, dtype=wide)
         if dweight is not None:
@@ -124,6 +124,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (scale,) = grads
         dx_ND, dweight, dbias = (g if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
         return dx_ND, dweight, None, dbias, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, on CUDA summed in total's dtype with nothing rounded to a's on the way."""
+    if total.is_cuda and total.dtype != a.dtype:
+        torch.addmm(total, a, b, total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 def _losses_and_gradient(

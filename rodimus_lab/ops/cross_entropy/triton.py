@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rodimus_lab.ops.fast_math import fast_exp
 
-# 16 bytes a thread of a program that takes half a multiprocessor. The rows at work, and so what has to stay in the
-# cache between the two walks, are then few.
-BLOCK, WARPS = 8192, 32
+# A program takes half a multiprocessor. The rows at work, and so what has to stay in the cache between the two walks,
+# are then few.
+BLOCK, WARPS = 4096, 32
 LOWEST = tl.constexpr(-1e30)
 
 

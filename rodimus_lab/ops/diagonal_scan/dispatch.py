@@ -5,7 +5,6 @@ Shapes: B batch, T time, X any further dimensions, channels before state expansi
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from rodimus_lab.ops.backend import Backend, choose, declare
 from rodimus_lab.ops.diagonal_scan.chunked import chunked
 from rodimus_lab.ops.diagonal_scan.naive import naive
 from rodimus_lab.ops.diagonal_scan.step import one_step
+from rodimus_lab.ops.installed import installed
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.triton_facts import why_no_triton
 
@@ -83,7 +83,7 @@ def _fla(x: Tensor, log_a: Tensor, state: Tensor) -> Any:
 def _fla_why_not(device: str, dtype: torch.dtype, dimensions: int, **_: Any) -> str | None:
     if device != "cuda":
         return "flash-linear-attention's kernels need a CUDA device"
-    if importlib.util.find_spec("fla") is None:
+    if not installed("fla"):
         return "flash-linear-attention is not installed (pip install -e '.[kernels]')"
     if dimensions != 3:
         return "it knows one dimension of channels only"

@@ -5,8 +5,6 @@ Shapes: B batch, T time, H heads, K key width (the paper's n), V value width (th
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
@@ -16,7 +14,9 @@ from rodimus_lab.ops.backend import Backend, choose, declare
 from rodimus_lab.ops.gated_linear.chunked import chunked
 from rodimus_lab.ops.gated_linear.naive import naive
 from rodimus_lab.ops.gated_linear.step import one_step
+from rodimus_lab.ops.installed import installed
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.triton_facts import why_no_triton
 
 
 def gated_linear(
@@ -90,7 +90,7 @@ def _fla(
 def _fla_why_not(device: str, beta: bool, packed: bool, dtype: torch.dtype, **_: Any) -> str | None:
     if device != "cuda":
         return "flash-linear-attention's kernels need a CUDA device"
-    if importlib.util.find_spec("fla") is None:
+    if not installed("fla"):
         return "flash-linear-attention is not installed (pip install -e '.[kernels]')"
     if beta:
         return "it has no value gate beta"
@@ -108,10 +108,8 @@ def _triton(*arguments: Any) -> Any:
 
 
 def _triton_why_not(device: str, beta: bool, dtype: torch.dtype, key_width: int, **_: Any) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install -e '.[kernels]')"
-    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "triton needs a CUDA device (or TRITON_INTERPRET=1, which is for tests)"
+    if reason := why_no_triton(device):
+        return reason
     if beta:
         return "it has no value gate beta"
     if dtype == torch.float64:

@@ -90,8 +90,8 @@ def _backward_kernel(
 
 # Programs a multiprocessor; elements of a thread and of a tile, as a narrow row by itself is too little to read at a
 # time; the loop's stages: with 1 a tile is read when it is needed, with more it is read ahead, into shared memory.
-FORWARD = {"programs": 8, "elements": 16, "tile": 4096, "stages": 1}
-BACKWARD = {"programs": 1, "elements": 8, "tile": 4096, "stages": 1}
+FORWARD = {"programs": 4, "elements": 32, "tile": 8192, "stages": 1}
+BACKWARD = {"programs": 1, "elements": 16, "tile": 4096, "stages": 3}
 
 
 def _launch(
