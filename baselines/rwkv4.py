@@ -18,6 +18,7 @@ Shapes: B batch, T time, D model width, F hidden width; 2: numerator, denominato
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -37,13 +38,11 @@ from rodimus_lab.ops.short_conv import short_conv
 SHIFT_FLOPS = 4  # a channel: the shift is a convolution of two taps
 
 
-class _Layered(TokenMixerConfig):
-    """The first weights depend on the place in the model: `layer` of `layers`. `init="plain"` draws linear weights from
-    N(0, std^2) instead of the authors' orthogonal and zero ones."""
+class Layered(TokenMixerConfig):
+    """The first weights depend on the place in the model: `layer` of `layers`."""
 
     layer: Annotated[int, Field(ge=0)] = 0
     layers: Annotated[int, Field(ge=1)] = 1
-    init: Literal["official", "plain"] = "official"
 
     def mix(self, d_model: int, power: float = 1.0) -> Tensor:
         """mu, from 0 at the first channel to nearly 1 at the last, and nearer to 1 with every layer."""
@@ -55,10 +54,13 @@ class _Layered(TokenMixerConfig):
         return self.layer / max(1, self.layers - 1)
 
 
-class RWKV4Config(_Layered):
-    """Time mixing."""
+class RWKV4Config(Layered):
+    """Time mixing. `init="plain"` draws linear weights from N(0, std^2) instead of the authors' orthogonal and zero
+    ones."""
 
     kind: ClassVar[str] = "rwkv4"
+
+    init: Literal["official", "plain"] = "official"
 
     def build(self, d_model: int) -> RWKV4:
         return RWKV4(self, d_model)
@@ -73,24 +75,36 @@ class RWKV4Config(_Layered):
         return batch * 4 * d_model * dtype.itemsize
 
 
-class RWKV4ChannelConfig(_Layered):
-    """Channel mixing; F is `expand` * d_model."""
+class ChannelMixingConfig(Layered):
+    """Channel mixing of a hidden width that is `width(d_model)`."""
+
+    @abstractmethod
+    def width(self, d_model: int) -> int:
+        """F."""
+
+    def num_params(self, d_model: int) -> int:
+        return (2 * self.width(d_model) + d_model) * d_model + 2 * d_model
+
+    def flops_per_token(self, d_model: int, context: int) -> int:
+        return 2 * (2 * self.width(d_model) + d_model) * d_model + SHIFT_FLOPS * d_model
+
+    def state_bytes(self, d_model: int, batch: int, context: int, dtype: torch.dtype) -> int:
+        return batch * d_model * dtype.itemsize
+
+
+class RWKV4ChannelConfig(ChannelMixingConfig):
+    """Channel mixing; F is `expand` * d_model. `init` is as in `RWKV4Config`."""
 
     kind: ClassVar[str] = "rwkv4_channel"
 
     expand: Annotated[int, Field(ge=1)] = 4
+    init: Literal["official", "plain"] = "official"
+
+    def width(self, d_model: int) -> int:
+        return self.expand * d_model
 
     def build(self, d_model: int) -> RWKV4Channel:
         return RWKV4Channel(self, d_model)
-
-    def num_params(self, d_model: int) -> int:
-        return (2 * self.expand + 1) * d_model * d_model + 2 * d_model
-
-    def flops_per_token(self, d_model: int, context: int) -> int:
-        return 2 * (2 * self.expand + 1) * d_model * d_model + SHIFT_FLOPS * d_model
-
-    def state_bytes(self, d_model: int, batch: int, context: int, dtype: torch.dtype) -> int:
-        return batch * d_model * dtype.itemsize
 
 
 class RWKV4State(NamedTuple):
@@ -227,29 +241,16 @@ def running_top(k_BTD: Tensor, log_w_BTD: Tensor, top_BD: Tensor, segments: Segm
     return before, p[:, 1:]
 
 
-class RWKV4Channel(TokenMixer):
-    """See the module's docstring and `RWKV4ChannelConfig`."""
+class ChannelMixing(TokenMixer):
+    """Channel mixing as in the module's docstring, whatever its first weights."""
 
-    def __init__(self, config: RWKV4ChannelConfig, d_model: int):
+    def __init__(self, config: ChannelMixingConfig, d_model: int):
         super().__init__()
-        self.config = config
+        width = config.width(d_model)
         self.mix_k, self.mix_r = (nn.Parameter(torch.empty(d_model)) for _ in range(2))
-        self.key = nn.Linear(d_model, config.expand * d_model, bias=False)
+        self.key = nn.Linear(d_model, width, bias=False)
         self.receptance = nn.Linear(d_model, d_model, bias=False)
-        self.value = nn.Linear(config.expand * d_model, d_model, bias=False)
-
-    def init_weights(self, init: Initializer) -> None:
-        config = self.config
-        with torch.no_grad():
-            for mix in (self.mix_k, self.mix_r):
-                mix.copy_(config.mix(mix.numel()))
-        if config.init == "plain":
-            for linear in (self.key, self.receptance, self.value):
-                init.linear(linear, writes_residual=linear is self.value)
-        else:
-            nn.init.orthogonal_(self.key.weight, gain=config.expand**0.5)
-            nn.init.zeros_(self.receptance.weight)
-            nn.init.zeros_(self.value.weight)
+        self.value = nn.Linear(width, d_model, bias=False)
 
     def init_state(
         self, batch: int, *, context: int | None = None, device: Any = None, dtype: torch.dtype | None = None
@@ -266,6 +267,27 @@ class RWKV4Channel(TokenMixer):
         r_BTD = self.receptance(mixed(past_BTD, x_BTD, self.mix_r))
         y_BTD = r_BTD.sigmoid() * self.value(k_BTF.relu().square())
         return y_BTD, None if state is None else RWKV4ChannelState(shift.to(state.shift_B1D.dtype))
+
+
+class RWKV4Channel(ChannelMixing):
+    """See the module's docstring and `RWKV4ChannelConfig`."""
+
+    def __init__(self, config: RWKV4ChannelConfig, d_model: int):
+        super().__init__(config, d_model)
+        self.config = config
+
+    def init_weights(self, init: Initializer) -> None:
+        config = self.config
+        with torch.no_grad():
+            for mix in (self.mix_k, self.mix_r):
+                mix.copy_(config.mix(mix.numel()))
+        if config.init == "plain":
+            for linear in (self.key, self.receptance, self.value):
+                init.linear(linear, writes_residual=linear is self.value)
+        else:
+            nn.init.orthogonal_(self.key.weight, gain=config.expand**0.5)
+            nn.init.zeros_(self.receptance.weight)
+            nn.init.zeros_(self.value.weight)
 
 
 def shifted(x_BTD: Tensor, state_B1D: Tensor | None, segments: Segments | None) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ REAL_MEMORY = (
 )
 MAMBA2_NOTE = (
     "Mamba2 is counted from its shape (48 blocks, state 128, 64 heads of 64) and timed as mamba-ssm's model, with its "
-    "Triton SSD; it is not one of this project's models."
+    "Triton SSD."
 )
 
 

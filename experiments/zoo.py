@@ -235,7 +235,7 @@ def summary(name: str) -> str:
     module = inspect.getmodule(family)
     shared = sum(MODELS[other].__module__ == family.__module__ for other in MODELS) > 1
     text = inspect.getdoc(family if shared else module) or inspect.getdoc(recurrence(name).module) or ""
-    return re.split(r"\.\s+(?=[A-Z])|\.$", text, maxsplit=1)[0].replace("\n", " ") + "."
+    return re.split(r"\.\s+(?=[A-Z])|\.?\n\n|\.$", text, maxsplit=1)[0].replace("\n", " ") + "."
 
 
 def plain(value: object) -> str:

@@ -29,7 +29,7 @@ ONE_HEAD = 64  # columns of the state that Table 20 counts, whatever the inner w
 
 @dataclass(frozen=True)
 class Mamba2:
-    """Mamba2's shape, for counting only: the model is not in the zoo, and where it is timed it is mamba-ssm's.
+    """Mamba2's shape, for counting only: in Tables 19 and 20 it is mamba-ssm's model that is timed.
 
     `num_layers` blocks; `heads` heads of `head_width` make the inner width; all heads share B and C (one group).
     """
@@ -108,7 +108,7 @@ class Cost:
 
 def true_accounting(model: Architecture, context: int) -> Cost:
     """Forward and backward of causal attention, convolutions, state updates and the head, all counted once; the
-    embedding is a look-up. Mamba2's memory alone is computed and not read, for its model is not here."""
+    embedding is a look-up. Mamba2's memory alone is computed and not read, for it is mamba-ssm's."""
     memory = model.memory(1) if isinstance(model, Mamba2) else real_memory(model, 1, context)
     return Cost(model.training_flops_per_token(context) * context, model.flops_per_token(context), memory)
 

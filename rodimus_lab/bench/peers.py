@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rodimus_lab.accounting import Mamba2
 from rodimus_lab.bench.measure import median_seconds
 from rodimus_lab.bench.result import Row
 from rodimus_lab.nn.block import BlockConfig
@@ -166,7 +165,7 @@ class MambaSsm(Peer):
     """
 
     package = ("mamba_ssm", "pip install -e '.[gpu]' on a CUDA machine")
-    like = "rodimus"
+    like = "mamba2"
     decoding = "its own CUDA graphs"
 
     def __init__(self, size: Size):
@@ -184,10 +183,6 @@ class MambaSsm(Peer):
         )
         self.net = MambaLMHeadModel(config)
         self._graphs: Any = None
-
-    @classmethod
-    def training_flops_per_token(cls, size: Size, seq_len: int) -> float:
-        return Mamba2.of(size).training_flops_per_token(seq_len)
 
     @torch.inference_mode()
     def prefill(self, ids_BT: Tensor, slots: int) -> Tensor:

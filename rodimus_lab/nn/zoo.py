@@ -121,6 +121,8 @@ def _rank(size: Size) -> ValueGate:
 
 @MODELS.register("rodimus")
 def rodimus(size: Size) -> LanguageModelConfig:
+    """Twice as many blocks as a Transformer has layers, each its own channel mixer. A state of n x 2d, n = 64 or, at
+    Table 1's and the smoke size, 32."""
     mixer = RodimusConfig(n=_expansion(size, hybrid=False), beta_hat=_rank(size))
     return LanguageModelConfig(
         vocab_size=size.vocab_size,
@@ -133,7 +135,10 @@ def rodimus(size: Size) -> LanguageModelConfig:
 
 @MODELS.register("rodimus+", aliases=("rodimus_plus",))
 def rodimus_plus(size: Size) -> LanguageModelConfig:
-    # Heads of width 128 (D.5), a window of half the training context, a feed-forward of 4d/3.
+    """Rodimus, then windowed attention with shared keys and a feed-forward, joined by the two-hop residual (Eq. 13).
+
+    Heads are 128 wide, the window is half the training context (D.5), the feed-forward 4d/3 wide.
+    """
     head_width = min(128, size.d_model)
     attention = AttentionConfig(
         heads=HeadSharing.of("ska", size.d_model // head_width), head_width=head_width, window=size.context // 2

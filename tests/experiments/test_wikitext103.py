@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 
 from experiments.wikitext103 import PAPER_STEPS, table1, wikitext103
 from rodimus_lab.errors import UserError
+from rodimus_lab.experiment import BudgetName
+from rodimus_lab.nn.zoo import MODELS, slug
 from rodimus_lab.records import PROJECT_ROOT, Record, RunDir, load_records
+from rodimus_lab.registry import load_plugins
 from rodimus_lab.report import PaperResults, write
+from rodimus_lab.train.distributed import World
+from rodimus_lab.train.optimizer import build_optimizer, decay_groups
+from rodimus_lab.train.step import Stepper
+
+load_plugins()
 
 RESULTS = PROJECT_ROOT / "results"
 
@@ -99,6 +110,26 @@ def test_an_id_is_its_options():
         wikitext103("rodimus+", budget="smoke"),
     ]
     assert len({first.id, *(recipe.id for (recipe,) in others)}) == 8
+
+
+@pytest.mark.parametrize("model", list(MODELS))
+def test_every_model_takes_a_step_of_the_smoke_budget(model):
+    """With the recipe's own batch, clipping and first learning rate, on random tokens; and every budget can name it."""
+    for budget in get_args(BudgetName):
+        (recipe,) = wikitext103(model, budget=budget)
+        assert recipe.label == slug(model)
+    (recipe,) = wikitext103(model, budget="smoke")
+    torch.manual_seed(recipe.seed)
+    net, rows = recipe.model.build(), recipe.budget.batch_size
+    optimizer = build_optimizer(net, decay_groups(net), recipe.optimizer)
+    stepper = Stepper(net, optimizer, recipe, World(0, 1, torch.device("cpu")), rows)
+    inputs, targets = torch.randint(recipe.model.vocab_size, (2, rows, recipe.data.seq_len))
+    loss, norm = stepper.step(1, inputs, targets)
+    assert stepper.sentinel.first_bad_step() is None
+    assert float(loss) == pytest.approx(math.log(recipe.model.vocab_size), abs=0.2)
+    assert float(norm) > 0
+    with torch.no_grad():
+        assert net.loss(inputs, targets) < loss
 
 
 def test_the_committed_runs_are_what_todays_options_give():
