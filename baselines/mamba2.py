@@ -33,10 +33,10 @@ from rodimus_lab.nn.mixer import Initializer, State, TokenMixer, TokenMixerConfi
 from rodimus_lab.nn.model import InitConfig, LanguageModelConfig
 from rodimus_lab.nn.norm import Norm, at_least_fp32
 from rodimus_lab.nn.zoo import MODELS, Size
-from rodimus_lab.ops.gated_linear import gated_linear
 from rodimus_lab.ops.gated_norm import gated_norm
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.short_conv import short_conv
+from rodimus_lab.ops.ssd import ssd
 
 
 class Mamba2Config(TokenMixerConfig):
@@ -154,13 +154,13 @@ class Mamba2(TokenMixer):
         )
         x_BTM, B_BTN, C_BTN = F.silu(conv_BTX).split([self.splits[0], n, n], dim=-1)
         # Delta's bias is added in float32: it makes steps as small as 0.001.
-        dt_BTH1 = F.softplus(at_least_fp32(dt_BTH) + self.dt_bias).unsqueeze(-1)
-        o_BTHP, memory_BHNP = gated_linear(
-            C_BTN.unsqueeze(2).expand(-1, -1, heads, -1),
-            B_BTN.unsqueeze(2).expand(-1, -1, heads, -1),
-            (dt_BTH1 * x_BTM.unflatten(-1, (heads, -1))).to(x_BTM.dtype),
-            dt_BTH1 * -at_least_fp32(self.A_log).exp().unsqueeze(-1),
-            state_BHKV=None if state is None else state.memory_BHNP,
+        o_BTHP, memory_BHNP = ssd(
+            x_BTM.unflatten(-1, (heads, -1)),
+            F.softplus(at_least_fp32(dt_BTH) + self.dt_bias),
+            -at_least_fp32(self.A_log).exp(),
+            B_BTN,
+            C_BTN,
+            state_BHNP=None if state is None else state.memory_BHNP,
             segments=segments,
         )
         feedthrough_M = self.D.repeat_interleave(self.shape.value_width)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from rodimus_lab.bench.measure import copy_rate, median_seconds
 from rodimus_lab.bench.peers import DECODE_PEERS, OUT_OF_MEMORY
-from rodimus_lab.bench.result import AsJson, Column, Device, Result, Row, app, show, surroundings
+from rodimus_lab.bench.result import AsJson, Column, Device, Result, Row, app, show, surroundings, until_interrupted
 from rodimus_lab.bench.training import parse_backends
 from rodimus_lab.config import did_you_mean
 from rodimus_lab.decoder import Decoder
@@ -182,19 +182,20 @@ def compare(entrants: Sequence[Entrant], tokens: int, device: torch.device) -> t
     rate = copy_rate(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows: list[Row] = []
-    for entrant in entrants:
-        try:
-            if entrant.name in DECODE_PEERS:
-                row = DECODE_PEERS[entrant.name](entrant.size, entrant.batch, entrant.context, device, dtype)
-            else:
-                with use_backend(**dict(entrant.backends)):
-                    row = measure(entrant, tokens, device, dtype)
-        except torch.OutOfMemoryError:
-            row = entrant.row(dtype) | OUT_OF_MEMORY
-        rows.append(beside_floor(row, rate))
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    with until_interrupted():
+        for entrant in entrants:
+            try:
+                if entrant.name in DECODE_PEERS:
+                    row = DECODE_PEERS[entrant.name](entrant.size, entrant.batch, entrant.context, device, dtype)
+                else:
+                    with use_backend(**dict(entrant.backends)):
+                        row = measure(entrant, tokens, device, dtype)
+            except torch.OutOfMemoryError:
+                row = entrant.row(dtype) | OUT_OF_MEMORY
+            rows.append(beside_floor(row, rate))
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     return rows, rate
 
 

@@ -17,10 +17,24 @@ import typer
 from torch import Tensor
 
 from rodimus_lab.bench.measure import copy_rate
+from rodimus_lab.bench.mixers import COLUMNS as MIXER_COLUMNS
+from rodimus_lab.bench.mixers import MixerSetting, measure_mixers
 from rodimus_lab.bench.operator_peers import measure_peers
 from rodimus_lab.bench.race import Problem, Tensors, race
-from rodimus_lab.bench.result import AsJson, Column, Device, Repeats, Result, Row, app, show, surroundings
+from rodimus_lab.bench.result import (
+    AsJson,
+    Column,
+    Device,
+    Repeats,
+    Result,
+    Row,
+    app,
+    show,
+    surroundings,
+    until_interrupted,
+)
 from rodimus_lab.nn.heads import HeadKind, HeadSharing
+from rodimus_lab.nn.zoo import SIZES
 from rodimus_lab.ops import attention, conv_gate, gated_linear, gated_norm, short_conv
 from rodimus_lab.ops.conv_gate import LowRankGate
 from rodimus_lab.registry import Registry
@@ -28,6 +42,7 @@ from rodimus_lab.train.distributed import session
 
 LAST = slice(-1, None)
 SAMPLED_COLUMNS = slice(-64, None)
+MIXERS = "mixers"
 
 
 class Scene(NamedTuple):
@@ -211,17 +226,26 @@ def measure(
     """The rows of `race` for every case of the operators, each followed by its peers', and the copy rate of the floors
     in bytes a second."""
     rate = copy_rate(scene.device)
-    rows = []
-    for operator in operators:
-        for problem in CASES[operator](scene):
-            rows += race(problem, repeats, rate, compile=compile)
-            rows += measure_peers(problem, repeats, rate) if peers else []
+    rows: list[Row] = []
+    with until_interrupted():
+        for operator in operators:
+            if operator == MIXERS:
+                measure_mixers(rows, _mixers(scene, repeats, compile), peers)
+                continue
+            for problem in CASES[operator](scene):
+                rows += race(problem, repeats, rate, compile=compile)
+                rows += measure_peers(problem, repeats, rate) if peers else []
     return rows, rate
+
+
+def _mixers(scene: Scene, repeats: int, compile: bool) -> MixerSetting:
+    size = SIZES["350m" if scene.cuda else "smoke"]
+    return MixerSetting(size, scene.device, *scene.size(8 if scene.cuda else 1, size.context), repeats, compile)
 
 
 @app.command()
 def ops(
-    only: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(CASES)}. Default: all.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join([*CASES, MIXERS])}. Default: all.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Instead of each shape's own.")] = None,
     length: Annotated[int | None, typer.Option(min=1, help="Instead of each shape's own.")] = None,
     compile: Annotated[bool | None, typer.Option(help="Also under torch.compile. Default: on CUDA only.")] = None,
@@ -230,8 +254,9 @@ def ops(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time the operators' backends and their peers, each checked against its definition first."""
-    operators = [CASES.canonical(name) for name in only] if only else list(CASES)
+    """Time the operators' backends and their peers, each checked against its definition first; and each model's token
+    mixer, at the 350M configuration on CUDA."""
+    operators = [name if name == MIXERS else CASES.canonical(name) for name in only or [*CASES, MIXERS]]
     with session(device) as world:
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
         scene = Scene(world.device, dtype, batch, length)
@@ -239,4 +264,4 @@ def ops(
         facts = surroundings(world)
         rows, rate = measure(scene, operators, repeats, scene.cuda if compile is None else compile, peers)
     settings = {"dtype": str(dtype).removeprefix("torch."), "repeats": repeats, "copy_bytes_per_second": round(rate)}
-    show(Result("ops", settings, rows, facts), COLUMNS, as_json)
+    show(Result("ops", settings, rows, facts), COLUMNS, as_json, MIXER_COLUMNS)

@@ -9,13 +9,10 @@ Shapes: B batch, T time, V vocabulary, D channels, W taps.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,6 +26,8 @@ from rodimus_lab.nn.feedforward import FeedForwardConfig
 from rodimus_lab.nn.model import IGNORE
 from rodimus_lab.nn.rodimus import RodimusConfig
 from rodimus_lab.nn.zoo import SIZES, Size, model_config
+from rodimus_lab.ops.installed import installed
+from rodimus_lab.ops.mamba_ssm import load_mamba_ssm
 from rodimus_lab.registry import Registry
 
 PARAMETER_TOLERANCE = 0.05
@@ -56,7 +55,7 @@ class Peer(nn.Module, ABC):
     def missing(cls, device: torch.device) -> str | None:
         """Why this peer cannot run on the device, or None."""
         module, how = cls.package
-        if importlib.util.find_spec(module) is None:
+        if not installed(module):
             return f"{module} is not installed ({how})"
         return f"{module}'s kernels need a CUDA device" if cls.kernels and device.type != "cuda" else None
 
@@ -174,7 +173,7 @@ class MambaSsm(Peer):
         from mamba_ssm.models.config_mamba import MambaConfig
         from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
-        fused = importlib.util.find_spec("causal_conv1d") is not None
+        fused = installed("causal_conv1d")
         config = MambaConfig(
             d_model=size.d_model,
             n_layer=2 * size.num_layers,
@@ -207,20 +206,11 @@ class MambaSsm(Peer):
 
 def import_mamba_ssm() -> None:
     """Make `import mamba_ssm` work without its CUDA build, and its convolution fast without causal-conv1d."""
-    if importlib.util.find_spec("selective_scan_cuda") is None:
-        sys.modules.setdefault("selective_scan_cuda", _EmptyModule("selective_scan_cuda"))
+    load_mamba_ssm()
     import mamba_ssm.modules.mamba2 as mamba2
 
-    if mamba2.causal_conv1d_fn is None and importlib.util.find_spec("fla") is not None:
+    if mamba2.causal_conv1d_fn is None and installed("fla"):
         mamba2.causal_conv1d_fn = triton_convolution
-
-
-class _EmptyModule(ModuleType):
-    """A module without contents, whose spec lets `find_spec` be asked again."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.__spec__ = importlib.util.spec_from_loader(name, loader=None)
 
 
 def triton_convolution(

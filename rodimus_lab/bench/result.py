@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -68,13 +72,28 @@ class Result:
         return list(dict.fromkeys(told))
 
 
+@contextmanager
+def until_interrupted() -> Iterator[None]:
+    """Ctrl-C or SIGTERM ends the block and not the benchmark: what was measured until then is shown."""
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted: only what was measured until now is shown", file=sys.stderr)
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+
+
 def surroundings(world: World) -> dict[str, Any]:
     """Commit, versions, device, threads, and how busy the machine was when this was asked."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return environment() | device_facts(world) | {"threads": torch.get_num_threads(), "load_average": load}
 
 
-def show(result: Result, columns: Sequence[Column], as_json: bool) -> None:
+def show(result: Result, columns: Sequence[Column], as_json: bool, *more: Sequence[Column]) -> None:
+    """A table for each set of columns that any row has."""
     if as_json:
         print(json.dumps(result.to_dict(), indent=1, allow_nan=False))
         return
@@ -93,7 +112,9 @@ def show(result: Result, columns: Sequence[Column], as_json: bool) -> None:
         soft_wrap=True,
     )
     console.print("  ".join(f"{name}: {value}" for name, value in result.settings.items()), soft_wrap=True)
-    console.print(result.to_table(columns))
+    tables = [result.to_table(each) for each in (columns, *more)]
+    for table in [table for table in tables if table.row_count] or tables[:1]:
+        console.print(table)
     for note in result.notes():
         console.print(note, soft_wrap=True)
 

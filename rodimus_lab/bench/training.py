@@ -20,7 +20,7 @@ import typer
 
 from rodimus_lab.bench.measure import peak_bytes, seconds_of
 from rodimus_lab.bench.peers import OUT_OF_MEMORY, PEERS, build, failure, parameters, wrong_loss
-from rodimus_lab.bench.result import AsJson, Column, Device, Result, Row, app, show, surroundings
+from rodimus_lab.bench.result import AsJson, Column, Device, Result, Row, app, show, surroundings, until_interrupted
 from rodimus_lab.config import did_you_mean
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModel
@@ -210,29 +210,35 @@ def compare(entrants: Sequence[Entrant], world: World, options: TrainOptions, st
     """A row an entrant, told on stderr as it comes; nothing of one model is left in memory when the next begins, and
     one that breaks costs the others nothing."""
     rows: list[Row] = []
-    for entrant in entrants:
-        try:
-            with use_backend(**dict(entrant.backends)):
-                row = measure_steps(entrant, world, options, steps)
-        except UserError as error:
-            row = entrant.facts() | {"note": f"cannot run: {error}"}
-            if isinstance(error.__context__, torch.OutOfMemoryError):
-                row |= OUT_OF_MEMORY
-        except torch.OutOfMemoryError:
-            row = entrant.facts() | OUT_OF_MEMORY
-        except Exception as error:
-            row = entrant.facts() | {"note": failure(error)}
-        if row.get("compiled"):
-            torch.compiler.reset()
-        gc.collect()
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
-        first = (rows or [row])[0].get("tokens_per_second")
-        if first and "tokens_per_second" in row:
-            row["over_first"] = row["tokens_per_second"] / first
-        rows.append(row)
-        print(f"{row['model']}: {row.get('note') or _in_short(row)}", file=sys.stderr)
+    with until_interrupted():
+        for entrant in entrants:
+            row = _attempt(entrant, world, options, steps)
+            first = (rows or [row])[0].get("tokens_per_second")
+            if first and "tokens_per_second" in row:
+                row["over_first"] = row["tokens_per_second"] / first
+            rows.append(row)
+            print(f"{row['model']}: {row.get('note') or _in_short(row)}", file=sys.stderr)
     return rows
+
+
+def _attempt(entrant: Entrant, world: World, options: TrainOptions, steps: int) -> Row:
+    try:
+        with use_backend(**dict(entrant.backends)):
+            row = measure_steps(entrant, world, options, steps)
+    except UserError as error:
+        row = entrant.facts() | {"note": f"cannot run: {error}"}
+        if isinstance(error.__context__, torch.OutOfMemoryError):
+            row |= OUT_OF_MEMORY
+    except torch.OutOfMemoryError:
+        row = entrant.facts() | OUT_OF_MEMORY
+    except Exception as error:
+        row = entrant.facts() | {"note": failure(error)}
+    if row.get("compiled"):
+        torch.compiler.reset()
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row
 
 
 def _in_short(row: Row) -> str:

@@ -9,6 +9,7 @@ from rodimus_lab.ops.linear_step import linear_step
 from rodimus_lab.ops.rodimus_step import rodimus_step
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.short_conv import short_conv
+from rodimus_lab.ops.ssd import ssd
 
 __all__ = [
     "Segments",
@@ -23,5 +24,6 @@ __all__ = [
     "rodimus_step",
     "selective_scan",
     "short_conv",
+    "ssd",
     "use_backend",
 ]

@@ -16,6 +16,7 @@ from rodimus_lab.errors import UserError
 OPERATORS: dict[str, tuple[Backend, ...]] = {}
 EXAMPLES: dict[str, dict[str, Any]] = {}
 _forced: dict[str, str] = {}
+_watchers: list[dict[str, str]] = []
 
 
 class Backend(NamedTuple):
@@ -40,6 +41,13 @@ def survey(operator: str, device: str) -> dict[str, str | None]:
 
 def choose(operator: str, requested: str, facts: Mapping[str, Any]) -> Backend:
     """The backend that runs this call."""
+    backend = _chosen(operator, requested, facts)
+    for choices in _watchers:
+        choices[operator] = backend.name
+    return backend
+
+
+def _chosen(operator: str, requested: str, facts: Mapping[str, Any]) -> Backend:
     if requested == "auto":
         requested = _forced.get(operator, "auto")
     backends = OPERATORS[operator]
@@ -73,3 +81,14 @@ def use_backend(**choices: str) -> Iterator[None]:
     finally:
         _forced.clear()
         _forced.update(before)
+
+
+@contextmanager
+def watch_backends() -> Iterator[dict[str, str]]:
+    """Gives operator -> backend of the calls within the block: `with watch_backends() as chosen: ...`"""
+    choices: dict[str, str] = {}
+    _watchers.append(choices)
+    try:
+        yield choices
+    finally:
+        _watchers[:] = [watcher for watcher in _watchers if watcher is not choices]

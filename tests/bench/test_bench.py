@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import Any
 
 import pytest
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from rodimus_lab.bench import app
+from rodimus_lab.bench import app, mixers, training
 from rodimus_lab.bench.measure import copy_rate, median_seconds, peak_bytes, seconds_of
 from rodimus_lab.bench.operators import CASES, Scene
 from rodimus_lab.bench.race import race
 from rodimus_lab.errors import UserError
-from rodimus_lab.nn.zoo import model_config
+from rodimus_lab.nn.zoo import SIZES, model_config
 from rodimus_lab.ops.backend import OPERATORS, Backend
 from rodimus_lab.ops.cross_entropy import linear_cross_entropy
 
@@ -72,6 +73,7 @@ def test_the_copy_rate_is_one_of_memory() -> None:
 
 def test_ops() -> None:
     report = bench("ops", "--length", "20", "--repeats", "2", "--device", "cpu")
+    report["rows"] = [row for row in report["rows"] if "mixer" not in row]
     assert report["bench"] == "ops"
     assert report["environment"].keys() >= {"commit", "dirty", "packages", "python", "cpu", "device", "load_average"}
     assert report["settings"]["copy_bytes_per_second"] > 0
@@ -156,6 +158,55 @@ def test_a_value_wrong_outside_the_head_of_the_batch_is_seen(monkeypatch: pytest
     rows = {row["backend"]: row for row in race(problem, repeats=1, bytes_per_second=1e9)}
     assert "it gets no time" in rows["forgets"]["note"]
     assert rows["chunked"].keys() >= TIMES
+
+
+def test_every_models_mixer_is_timed() -> None:
+    """A sublayer that only mixes channels is none."""
+    rows = bench("ops", "--only", "mixers", "--repeats", "1", "--length", "16")["rows"]
+    with_one = {row["model"] for row in rows}
+    assert {"transformer++", "rodimus", "rodimus+", "mamba", "mamba2", "gla", "hgrn2", "rwkv6"} <= with_one
+    assert len({(row["mixer"], row["model"]) for row in rows}) == len(rows)
+    assert not {"feed_forward", "gated_gelu", "rwkv6_channel"} & {row["mixer"] for row in rows}
+    for row in rows:
+        assert row["forward_seconds_per_token"] > 0
+        assert row["both_seconds_per_token"] > 0
+        assert row["output_error"] < 1e-3
+        assert row["size"] == "smoke"
+    assert rows[0]["over_first"] == 1
+    assert (
+        next(row for row in rows if row["mixer"] == "mamba2")["backends"] == "gated_linear: chunked, ssd: gated_linear"
+    )
+
+
+def test_a_wrong_mixer_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = OPERATORS["gated_linear"]
+    wrong = right[-1]._replace(run=lambda *arguments: tuple(1.1 * x for x in right[-1].run(*arguments)), name="wrong")
+    monkeypatch.setitem(OPERATORS, "gated_linear", (wrong, *right))
+    monkeypatch.setattr(mixers, "MODELS", ["rodimus"])
+    rows: list[Any] = []
+    mixers.measure_mixers(rows, mixers.MixerSetting(SIZES["smoke"], CPU, 1, 16, 1, False))
+    assert [row["mixer"] for row in rows] == ["attention", "rodimus"]
+    assert "both_seconds_per_token" in rows[0]
+    assert "both_seconds_per_token" not in rows[1]
+    assert "so it gets no time" in rows[1]["note"]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_measured_before_an_interruption_is_shown(
+    signal_number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = training.measure_steps
+
+    def one_and_no_more(entrant: Any, *rest: Any) -> Any:
+        if entrant.name != "transformer++":
+            signal.raise_signal(signal_number)
+        return ours(entrant, *rest)
+
+    monkeypatch.setattr(training, "measure_steps", one_and_no_more)
+    before = signal.getsignal(signal.SIGTERM)
+    rows = bench("train", "--batch-size", "1", "--steps", "1", "--seq-len", "16")["rows"]
+    assert [row["model"] for row in rows] == ["transformer_pp"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_memory_floor_counts_each_tensor_once() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from rodimus_lab.errors import UserError
 from rodimus_lab.ops import use_backend
-from rodimus_lab.ops.backend import EXAMPLES, OPERATORS, Backend, choose, declare, survey
+from rodimus_lab.ops.backend import EXAMPLES, OPERATORS, Backend, choose, declare, survey, watch_backends
 
 
 def even_only(size: int, device: str) -> str | None:
@@ -73,3 +73,15 @@ def test_every_operator_has_a_backend_everywhere() -> None:
     for operator in OPERATORS:
         for device in ("cpu", "cuda"):
             assert None in survey(operator, device).values()
+
+
+def test_watch_backends_tells_what_ran() -> None:
+    with watch_backends() as outer:
+        chosen(size=8)
+        with watch_backends() as inner:
+            assert inner == {}
+            chosen(size=7)
+        assert inner == {"halve": "slow"}
+        chosen(size=6)
+    chosen(size=7)
+    assert (outer, inner) == ({"halve": "fast"}, {"halve": "slow"})

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rodimus_lab.ops import Segments, attention, cross_entropy, gated_linear, short_conv
+from rodimus_lab.ops import Segments, attention, cross_entropy, gated_linear, short_conv, ssd, use_backend
 
 pytestmark = pytest.mark.gpu
 
@@ -89,6 +89,22 @@ def test_fla_recurrence(dtype: torch.dtype, tolerance: float) -> None:
     leaves = recurrence(length=256)
     got = values_and_gradients(scan("fla"), on_cuda(leaves, dtype, ("q_BTHK", "k_BTHK", "v_BTHV")))
     assert_close(got, values_and_gradients(scan("naive"), leaves), tolerance)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba-ssm is not installed")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(FP32, 5e-3), (BF16, 2e-2)])
+def test_mamba_ssm_duality(dtype: torch.dtype, tolerance: float) -> None:
+    """With an initial and a final state; as the one above, in TF32."""
+    shapes = {"x_BTHP": (2, 300, 4, 64), "B_BTN": (2, 300, 128), "C_BTN": (2, 300, 128), "state_BHNP": (2, 4, 128, 64)}
+    leaves = {name: torch.randn(shape).bfloat16().double() for name, shape in shapes.items()}
+    leaves |= {"dt_BTH": 0.1 * torch.rand(2, 300, 4).double(), "A_H": -1 - torch.rand(4).double()}
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+    got = values_and_gradients(
+        lambda **x: ssd(**x, backend="mamba_ssm"), on_cuda(leaves, dtype, ("x_BTHP", "B_BTN", "C_BTN"))
+    )
+    with use_backend(gated_linear="naive"):
+        want = values_and_gradients(lambda **x: ssd(**x, backend="gated_linear"), leaves)
+    assert_close(got, want, tolerance)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

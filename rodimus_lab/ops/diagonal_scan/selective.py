@@ -16,6 +16,7 @@ from rodimus_lab.ops.diagonal_scan.naive import selective_naive
 from rodimus_lab.ops.diagonal_scan.selective_chunked import selective_chunked
 from rodimus_lab.ops.diagonal_scan.step import selective_step
 from rodimus_lab.ops.installed import installed
+from rodimus_lab.ops.mamba_ssm import has_cuda_build
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.triton_facts import why_no_triton
 
@@ -90,8 +91,8 @@ def _mamba_ssm(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Te
 def _mamba_ssm_why_not(device: str, dtype: torch.dtype, packed: bool, continued: bool, **_: Any) -> str | None:
     if device != "cuda":
         return "mamba-ssm's kernel needs a CUDA device"
-    if not installed("mamba_ssm"):
-        return "mamba-ssm is not installed (pip install -e '.[gpu]' on a CUDA machine)"
+    if not installed("mamba_ssm") or not has_cuda_build():
+        return "mamba-ssm with its CUDA build is not installed (pip install -e '.[gpu]' on a CUDA machine)"
     if packed or continued:
         return "it starts from nothing and knows neither padding nor packed documents"
     return "it has no float64" if dtype == torch.float64 else None

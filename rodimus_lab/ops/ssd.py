@@ -1,0 +1,102 @@
+"""State-space duality (Dao & Gu, 2024): the gated linear recurrence with one gate a head and keys that all heads share.
+
+    S_t = exp(Delta_t A) S_{t-1} + B_t^T (Delta_t x_t),   o_t = C_t S_t
+
+Shapes: B batch, T time, H heads, N state expansion, P head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rodimus_lab.ops.backend import Backend, choose, declare
+from rodimus_lab.ops.gated_linear import gated_linear
+from rodimus_lab.ops.installed import installed
+from rodimus_lab.ops.mamba_ssm import load_mamba_ssm
+from rodimus_lab.ops.segments import Segments
+
+CHUNK = 256  # of mamba-ssm's kernels, the authors' choice
+
+
+def ssd(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    *,
+    state_BHNP: Tensor | None = None,
+    segments: Segments | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """o_BTHP in x's dtype, and the state after the last token.
+
+    The steps `dt_BTH` > 0 and `A_H` < 0 are in at least float32, as the state is. Padding tokens of `segments` leave
+    the state alone and give 0; each document after the first starts from a zero state. Raises `UserError` for a
+    backend that cannot run.
+    """
+    facts = {
+        "device": x_BTHP.device.type,
+        "dtype": x_BTHP.dtype,
+        "length": x_BTHP.shape[1],
+        "packed": segments is not None,
+    }
+    run = choose("ssd", backend, facts).run
+    return run(x_BTHP, dt_BTH, A_H, B_BTN, C_BTN, state_BHNP, segments)
+
+
+def by_gated_linear(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    state_BHNP: Tensor | None,
+    segments: Segments | None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, by whichever backend of `gated_linear` suits."""
+    heads, dt_BTH1 = x_BTHP.shape[2], dt_BTH.unsqueeze(-1)
+    return gated_linear(
+        C_BTN.unsqueeze(2).expand(-1, -1, heads, -1),
+        B_BTN.unsqueeze(2).expand(-1, -1, heads, -1),
+        (dt_BTH1 * x_BTHP).to(x_BTHP.dtype),
+        dt_BTH1 * A_H.unsqueeze(-1),
+        state_BHKV=state_BHNP,
+        segments=segments,
+    )
+
+
+@torch.compiler.disable
+def _mamba_ssm(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, segments: None
+) -> tuple[Tensor, Tensor]:
+    load_mamba_ssm()
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    if state is not None:  # It keeps a state of (..., P, N).
+        state = state.transpose(-1, -2).contiguous()
+    y, last = mamba_chunk_scan_combined(
+        x, dt, A, B.unsqueeze(2), C.unsqueeze(2), chunk_size=CHUNK, initial_states=state, return_final_states=True
+    )
+    return y, last.transpose(-1, -2)
+
+
+def _mamba_ssm_why_not(device: str, dtype: torch.dtype, length: int, packed: bool) -> str | None:
+    if device != "cuda":
+        return "mamba-ssm's kernels need a CUDA device"
+    if not installed("mamba_ssm"):
+        return "mamba-ssm is not installed (pip install -e '.[gpu]' on a CUDA machine)"
+    if packed:
+        return "padding and packed documents go through another path"
+    if length == 1:
+        return "it is for more than one token at a time"
+    return "it has no float64" if dtype == torch.float64 else None
+
+
+declare(
+    "ssd",
+    Backend("mamba_ssm", _mamba_ssm, _mamba_ssm_why_not),
+    Backend("gated_linear", by_gated_linear),
+    example={"dtype": torch.bfloat16, "length": 512, "packed": False},
+)
