@@ -14,6 +14,7 @@ Shapes: B batch, T time, D model width, H heads, K key width, V value width.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -159,14 +160,15 @@ class LinearAttention(LinearMixer):
 
 
 def with_feed_forward(
-    size: Size, mixer: TokenMixerConfig, feed_forward: FeedForwardConfig | None = None
+    size: Size, mixer: TokenMixerConfig, feed_forward: FeedForwardConfig | None = None, *, exact: bool = False
 ) -> LanguageModelConfig:
-    """Layers of `mixer` and a feed-forward: by default Transformer++'s SwiGLU, narrower by whatever the mixer has, in
-    whole d^2, over the 4d^2 of attention."""
+    """Layers of `mixer` and a feed-forward: by default Transformer++'s SwiGLU, narrower by whatever the mixer has over
+    the 4d^2 of attention, in whole d^2 or, with `exact`, to the width's multiple of 8."""
     d = size.d_model
     if feed_forward is None:
         width = 1536 if size.name == "wikitext103" else 8 * d / 3
-        feed_forward = FeedForwardConfig(width=align8(width - (mixer.num_params(d) // d**2 - 4) * d / 3))
+        more = mixer.num_params(d) / d**2 - 4
+        feed_forward = FeedForwardConfig(width=align8(width - (more if exact else math.floor(more)) * d / 3))
     return LanguageModelConfig(
         vocab_size=size.vocab_size,
         d_model=d,

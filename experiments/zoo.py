@@ -1,5 +1,5 @@
-"""Table 4, the functional forms of the recurrences, beside what the code has; the rest of the zoo; and every state's
-size against the context.
+"""Table 4, the functional forms of the recurrences, beside what the code has; the rest of the zoo and what came after
+the paper; and every state's size against the context.
 
 Nothing is trained: states are real ones on the meta device, operators are those that the mixers' code calls, and
 formulas are the docstrings'. `docs/zoo.md` is `page()`, which `make zoo` writes.
@@ -29,7 +29,9 @@ SIZE = SIZES["1.3b"]
 SMALL = SIZES["wikitext103"]
 CONTEXTS = (2048, 16384)
 GROWING = tuple(2**power for power in range(9, 17))
-OPERATORS = ("gated_linear", "selective_scan", "diagonal_scan", "attention")
+# Not in the paper in any form; in the order in which they were published.
+BEYOND = ("gated_deltanet", "rwkv7", "kda", "mamba3")
+OPERATORS = ("gated_linear", "ssd", "delta_rule", "selective_scan", "diagonal_scan", "attention")
 PAPER_COLUMNS = {
     "gate_dim": "Gate",
     "state_size": "State, n × m",
@@ -118,7 +120,8 @@ def table4(records: Sequence[Record], paper: PaperResults) -> Table:
         columns,
         [
             f"States are read from the real ones at the {SIZE.name} size (d = {SIZE.d_model:,}), all heads together. "
-            "The operator gated_linear is the one with a form in chunks of matrix products, as linear attention has; "
+            "The operator gated_linear, of which ssd is the case of one gate a head, is the one with a form in chunks of "
+            "matrix products, as linear attention has; "
             "diagonal_scan and selective_scan go step by step or by a parallel scan.",
             "Hawk's A_t and B_t stand as the paper prints them, the other way round than in the RG-LRU, where "
             "a^(c · σ(g_t)) is the decay; its width is Griffin's 4d/3, rounded up, and not d.",
@@ -127,11 +130,36 @@ def table4(records: Sequence[Record], paper: PaperResults) -> Table:
 
 
 def others() -> Table:
-    """What is registered and no row of Table 4."""
+    """What is registered, no row of Table 4 and not beyond the paper."""
     load_plugins()
-    table_4 = {row["model"] for row in PaperResults().table(4)}
-    names = [name for name in MODELS if name not in table_4]
-    columns = [
+    elsewhere = {row["model"] for row in PaperResults().table(4)} | set(BEYOND)
+    names = [name for name in MODELS if name not in elsewhere]
+    return _table("The rest of the zoo", _columns(names), [_at_size()])
+
+
+def beyond() -> Table:
+    """What came after the paper."""
+    load_plugins()
+    found = [recurrence(name) for name in BEYOND]
+    columns = _columns(BEYOND)
+    columns[3:3] = [
+        (Column("State, n × m"), [_ours(_state(one)) for one in found]),
+        (Column("Operator"), [_ours(one.operator) for one in found]),
+    ]
+    return _table(
+        "Beyond the paper",
+        columns,
+        [
+            "These came after what the paper compares Rodimus with, in this order: none is in its Table 4 or in any "
+            "other of its tables.",
+            f"{_at_size()} n × m is read from the real memory at the {SIZE.name} size (d = {SIZE.d_model:,}), all "
+            "heads together.",
+        ],
+    )
+
+
+def _columns(names: Sequence[str]) -> list[tuple[Column, Sequence[Cell]]]:
+    columns: list[tuple[Column, Sequence[Cell]]] = [
         (Column("Model"), [Cell(name) for name in names]),
         (Column("Sublayers"), [Cell(", ".join(kinds(name))) for name in names]),
         (Column("What it is"), [Cell(summary(name)) for name in names]),
@@ -145,13 +173,13 @@ def others() -> Table:
         heading = f"State at {context // 1024}k (bytes)"
         columns.append((Column(heading), [Cell(sizes[index], source="computed") for sizes in states]))
     columns.append((Column("File"), [Cell(_relative(inspect.getfile(MODELS[name]))) for name in names]))
-    return _table(
-        "The rest of the zoo",
-        columns,
-        [
-            f"At Table 1's size (d = {SMALL.d_model}, {SMALL.num_layers} layers, a vocabulary of "
-            f"{SMALL.vocab_size:,}). States are real ones of one sequence in bfloat16, with everything that is kept."
-        ],
+    return columns
+
+
+def _at_size() -> str:
+    return (
+        f"At Table 1's size (d = {SMALL.d_model}, {SMALL.num_layers} layers, a vocabulary of {SMALL.vocab_size:,}). "
+        "States are real ones of one sequence in bfloat16, with everything that is kept."
     )
 
 
@@ -171,26 +199,26 @@ def state_bytes(records: Sequence[Record], paper: PaperResults) -> Figure:
 
 def page() -> str:
     """The text of docs/zoo.md."""
-    parts = [INTRODUCTION, _section(table4([], PaperResults())), "## As the code has them\n", *formulas()]
-    return "\n".join([*parts, _section(others()), STATES])
+    in_table_4 = [str(row["model"]) for row in PaperResults().table(4)]
+    parts = [INTRODUCTION, _section(table4([], PaperResults())), "## As the code has them\n", *formulas(in_table_4)]
+    return "\n".join([*parts, _section(others()), _section(beyond()), *formulas(BEYOND), STATES])
 
 
 def write_page() -> None:
     write_atomic(PAGE, page())
 
 
-def formulas() -> Iterator[str]:
-    """The formulas in the docstring of every file that holds rows of Table 4, in the paper's order."""
+def formulas(names: Sequence[str]) -> Iterator[str]:
+    """The formulas in the docstring of every file that holds one of these models, each file once and in their order."""
     rows: dict[Path, list[str]] = {}
-    for row in PaperResults().table(4):
-        name = str(row["model"])
+    for name in names:
         if name in MODELS:
             rows.setdefault(recurrence(name).path, []).append(name)
-    for path, names in rows.items():
-        text = inspect.getdoc(recurrence(names[0]).module) or ""
+    for path, held in rows.items():
+        text = inspect.getdoc(recurrence(held[0]).module) or ""
         blocks = re.findall(r"(?:^ {4}.*\n)+", text, flags=re.MULTILINE)
         block = textwrap.dedent("\n".join(blocks))
-        yield f"**{', '.join(names)}**, `{_relative(path)}`\n\n```\n{block}```\n"
+        yield f"**{', '.join(held)}**, `{_relative(path)}`\n\n```\n{block}```\n"
 
 
 def recurrence(name: str) -> Recurrence:

@@ -2,6 +2,7 @@ from rodimus_lab.ops.attention import attention, attention_step
 from rodimus_lab.ops.backend import use_backend
 from rodimus_lab.ops.conv_gate import conv_gate
 from rodimus_lab.ops.cross_entropy import cross_entropy
+from rodimus_lab.ops.delta_rule import delta_rule
 from rodimus_lab.ops.diagonal_scan import diagonal_scan, selective_scan
 from rodimus_lab.ops.gated_linear import gated_linear
 from rodimus_lab.ops.gated_norm import gated_norm
@@ -17,6 +18,7 @@ __all__ = [
     "attention_step",
     "conv_gate",
     "cross_entropy",
+    "delta_rule",
     "diagonal_scan",
     "gated_linear",
     "gated_norm",

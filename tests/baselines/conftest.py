@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +59,31 @@ def recurrence(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Call]:
 
         with monkeypatch.context() as patch:
             patch.setattr(module, "gated_linear", spy)
+            mixer(x_BTD)
+        (call,) = calls
+        return call
+
+    return run
+
+
+@pytest.fixture
+def delta_recurrence(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """`delta_recurrence(module, mixer, x)`: of the one call of `delta_rule` that the mixer makes in `module`, the
+    arguments by name and the output `o`."""
+
+    def run(module: Any, mixer: Any, x_BTD: Tensor) -> dict[str, Any]:
+        calls: list[dict[str, Any]] = []
+        original = module.delta_rule
+
+        def spy(*arguments: Any, **options: Any) -> Any:
+            o, state = original(*arguments, **options)
+            bound = inspect.signature(original).bind(*arguments, **options)
+            bound.apply_defaults()
+            calls.append({name.partition("_B")[0]: value for name, value in bound.arguments.items()} | {"o": o})
+            return o, state
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "delta_rule", spy)
             mixer(x_BTD)
         (call,) = calls
         return call

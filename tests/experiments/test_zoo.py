@@ -36,7 +36,7 @@ def test_states_and_operators_are_what_the_paper_says(table: Table) -> None:
         if name not in MODELS:
             continue
         parallel = row["Parallel like linear attention (paper)"] == "yes"
-        assert row["Operator (computed)"] in ({"gated_linear"} if parallel else SCANS), name
+        assert row["Operator (computed)"] in ({"gated_linear", "ssd"} if parallel else SCANS), name
         assert (PROJECT_ROOT / row["File"]).is_file()
         if name != "hawk":
             assert row["State, n × m (computed)"] == row["State, n × m (paper)"], name
@@ -52,8 +52,21 @@ def test_a_model_that_is_not_registered_is_shown_as_such(monkeypatch: pytest.Mon
 
 def test_every_model_is_on_the_page() -> None:
     load_plugins()
-    shown = rows(zoo.others()).keys() | {row["model"] for row in PaperResults().table(4)}
-    assert set(MODELS) <= shown
+    table_4 = {row["model"] for row in PaperResults().table(4)}
+    others, beyond = rows(zoo.others()).keys(), rows(zoo.beyond()).keys()
+    assert set(MODELS) <= table_4 | others | beyond
+    assert not table_4 & others | table_4 & beyond | others & beyond
+
+
+def test_what_is_beyond_the_paper_is_said_to_be() -> None:
+    table = zoo.beyond()
+    assert "none is in its Table 4" in table.closing_notes[0]
+    printed = "".join(path.read_text(encoding="utf-8") for path in (PROJECT_ROOT / "results" / "paper").glob("*.csv"))
+    assert not [word for word in ("delta", "kimi", "rwkv7", "rwkv-7", "mamba3", "mamba-3") if word in printed.lower()]
+    operators = {name: row["Operator (computed)"] for name, row in rows(table).items()}
+    assert operators == dict.fromkeys(zoo.BEYOND[:3], "delta_rule") | {"mamba3": "gated_linear"}
+    text = zoo.page()
+    assert text.index("## The rest of the zoo") < text.index("## Beyond the paper") < text.index("**mamba3**")
 
 
 def test_states_are_constant_or_grow() -> None:

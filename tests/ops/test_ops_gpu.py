@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from rodimus_lab.ops import Segments, attention, cross_entropy, gated_linear, short_conv, ssd, use_backend
+from rodimus_lab.ops import (
+    Segments,
+    attention,
+    cross_entropy,
+    delta_rule,
+    gated_linear,
+    short_conv,
+    ssd,
+    use_backend,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -113,6 +122,36 @@ def test_compiled_recurrence_equals_eager(dtype: torch.dtype) -> None:
     eager = values_and_gradients(scan("chunked"), leaves)
     compiled = values_and_gradients(torch.compile(scan("chunked"), fullgraph=True), leaves)
     assert_close(compiled, eager, 1e-5 if dtype == FP32 else 1e-2)
+
+
+def delta_leaves(form: str, length: int = 257, K: int = 64, V: int = 128) -> Leaves:
+    """With one gate a head, one a key channel, or an a and b of their own, as Gated DeltaNet, KDA and RWKV-7 have."""
+    leaves = recurrence(length, K, V)
+    heads = leaves["q_BTHK"].shape[:3]
+    unit = torch.nn.functional.normalize(leaves["k_BTHK"].detach(), dim=-1).bfloat16().double()
+    if form == "general":
+        rate = torch.rand(*heads, K).double()
+        leaves |= {"a_BTHK": (unit * rate).bfloat16().double(), "b_BTHK": -unit, "k_BTHK": 0.1 * leaves["k_BTHK"]}
+    else:
+        leaves |= {"k_BTHK": unit, "beta_BTH": torch.rand(heads).bfloat16().double()}
+    if form == "gated":
+        leaves["log_alpha_BTHK"] = leaves["log_alpha_BTHK"][..., :1]
+    return {name: x.detach().requires_grad_() for name, x in leaves.items()}
+
+
+@pytest.mark.parametrize("form", ["gated", "keywise", "general"])
+@pytest.mark.parametrize(("backend", "tolerance"), [("chunked", 1e-2), ("fla", 2e-2)])
+def test_delta_rule(backend: str, tolerance: float, form: str) -> None:
+    if backend == "fla" and importlib.util.find_spec("fla") is None:
+        pytest.skip("flash-linear-attention is not installed")
+
+    def run(backend: str) -> Any:
+        return lambda **leaves: delta_rule(**leaves, scale=0.125, backend=backend)
+
+    leaves = delta_leaves(form)
+    narrow = tuple(name for name in leaves if name[0] in "qkvab")
+    got = values_and_gradients(run(backend), on_cuda(leaves, BF16, narrow))
+    assert_close(got, values_and_gradients(run("naive"), leaves), tolerance)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "flex", "flash_attn"])

@@ -52,7 +52,7 @@ def chunked(
     v = to_chunks(v_BTHV, narrow if log_beta_BTHV is None else wide)
     alpha = _Decay(to_chunks(log_alpha_BTHK, wide), sub)
     beta = None if log_beta_BTHV is None else _Decay(to_chunks(log_beta_BTHV, wide), sub)
-    same = None if segments is None else _SameDocument(segments, chunk, pad)
+    same = None if segments is None else SameDocument(segments, chunk, pad)
 
     # Within the chunk.
     before_BHNMCK = k.unsqueeze(3) * alpha.to_sub_chunk_start
@@ -118,12 +118,12 @@ def _one_gate(
 
     q, k, v, step = (to_chunks(x) for x in (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTH1))
     q = q.to(wide) * scale
-    pairs_BHNCC = _between(step).squeeze(-1).exp()
+    pairs_BHNCC = between(step).squeeze(-1).exp()
     to_end_BHNC1 = pairs_BHNCC[..., -1, :].unsqueeze(-1)
     from_start_BHNC1 = step.cumsum(-2).exp()
     whole_BHN11 = from_start_BHNC1[..., -1:, :]
     if segments is not None:
-        same = _SameDocument(segments, chunk, pad)
+        same = SameDocument(segments, chunk, pad)
         pairs_BHNCC = pairs_BHNCC * same.pairs_BNCC.unsqueeze(1)
         to_end_BHNC1 = to_end_BHNC1 * same.as_last_BNC[:, None, :, :, None]
         from_start_BHNC1 = from_start_BHNC1 * same.as_before_BNC[:, None, :, :, None]
@@ -146,10 +146,10 @@ class _Decay:
         total, upto = step.sum(-2), step.cumsum(-2)
         after = F.pad(step.flip(-2).cumsum(-2).flip(-2)[..., 1:, :], (0, 0, 0, 1))
         earlier = F.pad(total.cumsum(-2)[..., :-1, :], (0, 0, 1, 0))
-        to_end = after.unsqueeze(-4) + _between(total).unsqueeze(-2)  # [i, j]: from a token of j to the end of i
+        to_end = after.unsqueeze(-4) + between(total).unsqueeze(-2)  # [i, j]: from a token of j to the end of i
         to_start = F.pad(to_end[..., :-1, :, :, :], (0, 0, 0, 0, 0, 0, 1, 0), value=float("-inf"))
 
-        self.pairs = _between(step).exp()
+        self.pairs = between(step).exp()
         self.within_sub_chunk = upto.exp()
         self.to_sub_chunk_start = to_start.flatten(-3, -2).exp()
         self.from_chunk_start = (upto + earlier.unsqueeze(-2)).flatten(-3, -2).exp()
@@ -157,14 +157,14 @@ class _Decay:
         self.whole_chunk = total.sum(-2).exp()
 
 
-def _between(x: Tensor) -> Tensor:
+def between(x: Tensor) -> Tensor:
     """(..., L, X) -> (..., L, L, X): [t, s] is the sum of x over the places after s up to t, -inf where s > t."""
     places = torch.arange(x.shape[-2], device=x.device)
     t, s = places.view(-1, 1, 1), places.view(1, -1, 1)
     return x.unsqueeze(-2).masked_fill(s >= t, 0.0).cumsum(-3).masked_fill(s > t, float("-inf"))
 
 
-class _SameDocument:
+class SameDocument:
     """Which tokens of a chunk may see which, and which the entering and leaving states."""
 
     def __init__(self, segments: Segments, chunk: int, pad: int):

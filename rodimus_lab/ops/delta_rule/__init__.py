@@ -1,0 +1,3 @@
+from rodimus_lab.ops.delta_rule.dispatch import delta_rule
+
+__all__ = ["delta_rule"]
