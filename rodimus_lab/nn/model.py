@@ -180,9 +180,8 @@ class LanguageModel(nn.Module):
         if self.positions is not None:
             x_BD = x_BD + self.positions(state.length_B.clamp(max=self.config.max_positions - 1))
         state.length_B.add_(1)
-        following = [*(block.first_weight for block in self.blocks[1:]), self.head_weight_VD]
-        for block, block_state, ahead in zip(self.blocks, state.blocks, following, strict=True):
-            x_BD = block.step(x_BD, block_state, ahead)  # type: ignore[operator]
+        for block, block_state in zip(self.blocks, state.blocks, strict=True):
+            x_BD = block.step(x_BD, block_state)  # type: ignore[operator]
         norm = self.final_norm.rms
         if norm is None:
             x_BD = self.final_norm(x_BD)

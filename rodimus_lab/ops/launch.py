@@ -1,4 +1,4 @@
-"""Kernels that start while the one before them is still running, and call its memory early into the cache.
+"""Kernels that start while the one before them is still running.
 
 With programmatic dependent launch (Hopper and newer) a kernel is started as soon as every program of the one before it
 has said `gdc_launch_dependents`. What it does before `gdc_wait` overlaps with that kernel; after it, everything that
@@ -12,13 +12,10 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["PREFETCH_BYTES", "gdc_launch_dependents", "gdc_wait", "launch_options", "prefetch"]
-PREFETCH_BYTES = tl.constexpr(1024)
+__all__ = ["gdc_launch_dependents", "gdc_wait", "launch_options"]
 
 
 def launch_options(x: Tensor) -> dict[str, Any]:
@@ -29,15 +26,3 @@ def launch_options(x: Tensor) -> dict[str, Any]:
 @cache
 def _can_overlap(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@triton.jit
-def prefetch(ptr, start, end, THREADS: tl.constexpr):
-    """Ask for the bytes from `start` to `end` at `ptr`, 1 KiB a thread, to be brought into the L2 cache."""
-    offset = start + tl.arange(0, THREADS).to(tl.int64) * PREFETCH_BYTES
-    inside = (offset + PREFETCH_BYTES <= end).to(tl.int32)
-    tl.inline_asm_elementwise(
-        """{ .reg .pred inside; setp.ne.u32 inside, $2, 0;
-        @inside cp.async.bulk.prefetch.L2.global [$1], 1024; mov.b32 $0, 0; }""",
-        "=r,l,r", [ptr.to(tl.int64) + offset, inside], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
