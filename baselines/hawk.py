@@ -152,10 +152,6 @@ class Hawk(TokenMixer):
             length_B = torch.where(segments.valid_BT[:, -1], length_B, state.length_B)
         return y_BTD, HawkState(conv_state.to(state.conv_BWM.dtype), memory.to(state.memory_BM.dtype), length_B)
 
-    @property
-    def first_weight(self) -> Tensor:
-        return self.in_proj.weight
-
     def _gates(self, x_BTM: Tensor) -> list[Tensor]:
         """r and i, in at least float32."""
         batch, blocks = x_BTM.shape[0], self.gate_weight.shape[0]
@@ -232,10 +228,6 @@ class GatedGELU(TokenMixer):
     ) -> tuple[Tensor, State | None]:
         gate_BTF, up_BTF = self.in_proj(x_BTD).chunk(2, dim=-1)
         return self.out_proj(F.gelu(gate_BTF, approximate="tanh") * up_BTF), state
-
-    @property
-    def first_weight(self) -> Tensor:
-        return self.in_proj.weight
 
 
 def hawk_mixer(size: Size) -> HawkConfig:

@@ -108,10 +108,6 @@ class HGRN(TokenMixer):
         y_BTD = self.out_proj(self.norm(h_BTD) * F.silu(z_BTD))
         return y_BTD, None if state is None else HGRNState(memory.to(state.memory_BD.dtype))
 
-    @property
-    def first_weight(self) -> Tensor:
-        return self.ifz_proj.weight
-
 
 @MODELS.register("hgrn")
 def hgrn(size: Size) -> LanguageModelConfig:

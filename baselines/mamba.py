@@ -157,10 +157,6 @@ class Mamba(TokenMixer):
             return y_BTD, None
         return y_BTD, MambaState(conv_state.to(state.conv_BWM.dtype), memory.to(state.memory_BMN.dtype))
 
-    @property
-    def first_weight(self) -> Tensor:
-        return self.in_proj.weight
-
 
 def init_steps(bias: Tensor, least: float, most: float, floor: float = 0.0) -> None:
     """Draw `bias` so that softplus(bias) is log-uniform between `least` and `most`, and no less than `floor`."""

@@ -170,10 +170,6 @@ class Mamba2(TokenMixer):
             return y_BTD, None
         return y_BTD, Mamba2State(conv_state.to(state.conv_BWX.dtype), memory_BHNP.to(state.memory_BHNP.dtype))
 
-    @property
-    def first_weight(self) -> Tensor:
-        return self.in_proj.weight
-
 
 @MODELS.register("mamba2")
 def mamba2(size: Size) -> LanguageModelConfig:

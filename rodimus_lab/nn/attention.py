@@ -119,11 +119,7 @@ class Attention(TokenMixer):
         )
         return self.out_proj(o_BTHK.flatten(-2)), state
 
-    @property
-    def first_weight(self) -> Tensor:
-        return self.qkv_proj.weight
-
-    def step(self, x_BD: Tensor, norm: Norm, base_BD: Tensor, state: State, ahead: Tensor | None = None) -> Tensor:
+    def step(self, x_BD: Tensor, norm: Norm, base_BD: Tensor, state: State) -> Tensor:
         qkv = linear_of_step(x_BD, self.qkv_proj, norm).split(self.widths, dim=-1)
         q_BHK, k_BGK, v_BJK = (x.unflatten(-1, (-1, self.head_width)) for x in qkv)
         base = self.config.rotary_base

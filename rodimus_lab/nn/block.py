@@ -104,13 +104,8 @@ class Block(nn.Module):
             x_BTD = local_BTD
         return x_BTD, None if state is None else tuple(new_states)
 
-    @property
-    def first_weight(self) -> Tensor | None:
-        return self.mixers[0].first_weight  # type: ignore[return-value]
-
-    def step(self, x_BD: Tensor, state: tuple[State, ...], ahead: Tensor | None = None) -> Tensor:
+    def step(self, x_BD: Tensor, state: tuple[State, ...]) -> Tensor:
         """`forward` of one token a row, without dropout; the state is overwritten. See `TokenMixer.step`."""
-        following = [*(mixer.first_weight for mixer in self.mixers[1:]), ahead]
         index = 0
         for length in self.hop_lengths:
             local_BD = x_BD
@@ -118,7 +113,7 @@ class Block(nn.Module):
                 mixer: TokenMixer = self.mixers[index]  # type: ignore[assignment]
                 norm: Norm = self.norms[index]  # type: ignore[assignment]
                 base_BD = x_BD if step == length - 1 else local_BD
-                local_BD = mixer.step(local_BD, norm, base_BD, state[index], following[index])  # type: ignore[arg-type]
+                local_BD = mixer.step(local_BD, norm, base_BD, state[index])
                 index += 1
             x_BD = local_BD
         return x_BD

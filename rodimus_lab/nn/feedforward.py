@@ -72,11 +72,7 @@ class FeedForward(TokenMixer):
             h_BTF = F.gelu(h)
         return self.out_proj(h_BTF), state
 
-    @property
-    def first_weight(self) -> Tensor:
-        return self.in_proj.weight
-
-    def step(self, x_BD: Tensor, norm: Norm, base_BD: Tensor, state: State, ahead: Tensor | None = None) -> Tensor:
+    def step(self, x_BD: Tensor, norm: Norm, base_BD: Tensor, state: State) -> Tensor:
         h = linear_of_step(x_BD, self.in_proj, norm)
         gated = self.activation == "swiglu"
         return linear_of_step(h if gated else F.gelu(h), self.out_proj, gated=gated, base_BE=base_BD)

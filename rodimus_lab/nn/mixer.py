@@ -60,16 +60,10 @@ class TokenMixer(nn.Module, ABC):
     def init_weights(self, init: Initializer) -> None:
         """Draw every parameter afresh."""
 
-    @property
-    def first_weight(self) -> Tensor | None:
-        """The large weight that a step reads first, if there is one."""
-        return None
-
-    def step(self, x_BD: Tensor, norm: Norm, base_BD: Tensor, state: State, ahead: Tensor | None = None) -> Tensor:
+    def step(self, x_BD: Tensor, norm: Norm, base_BD: Tensor, state: State) -> Tensor:
         """base + mixer(norm(x)) for one token a row, without gradients; `state` becomes the state after it, in place.
 
-        To be overridden where it can be done in fewer kernels. The state must have room for the token. `ahead` is the
-        weight that will be read after this sublayer's own: one that leaves the memory idle may call it into the cache.
+        To be overridden where it can be done in fewer kernels. The state must have room for the token.
         """
         y_B1D, new_state = self(norm(x_BD).unsqueeze(1), state)
         overwrite(state, new_state)

@@ -257,15 +257,11 @@ class Rodimus(TokenMixer):
         assert conv_state is not None
         return y_BTD, RodimusState(conv_state.to(state.conv_BWM.dtype), memory.to(state.memory_B1nM.dtype))
 
-    @property
-    def first_weight(self) -> Tensor:
-        return self.fc.weight
-
-    def step(self, x_BD: Tensor, norm: Norm, base_BD: Tensor, state: State, ahead: Tensor | None = None) -> Tensor:
+    def step(self, x_BD: Tensor, norm: Norm, base_BD: Tensor, state: State) -> Tensor:
         weights = self._weights_of_step(norm)
         if weights is None:
             return super().step(x_BD, norm, base_BD, state)
-        return rodimus_step(x_BD, base_BD, state.conv_BWM, state.memory_B1nM, weights, ahead)
+        return rodimus_step(x_BD, base_BD, state.conv_BWM, state.memory_B1nM, weights)
 
     def _weights_of_step(self, norm: Norm) -> RodimusWeights | None:
         """For `rodimus_step`, which knows the paper's model only."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from rodimus_lab.errors import UserError
 from rodimus_lab.ops import attention_step, linear_step, rodimus_step
 from rodimus_lab.ops.attention import KVCache
+from rodimus_lab.ops.chain import chained
 from rodimus_lab.ops.linear_step import RMS
 from rodimus_lab.ops.rodimus_step import RodimusWeights
 
@@ -165,53 +166,76 @@ def test_rodimus_in_skinny_products(monkeypatch: pytest.MonkeyPatch) -> None:
     check_rodimus(16, 24, 34, 5, 3, 2, torch.float16)
 
 
-def in_one_kernel(monkeypatch: pytest.MonkeyPatch, **plan: int) -> Any:
-    """Have `rodimus_step` run in one kernel; that module."""
-    several = importlib.import_module("rodimus_lab.ops.rodimus_step.triton")
-    one = importlib.import_module("rodimus_lab.ops.rodimus_step.persistent")
-    monkeypatch.setattr(several, "PERSISTENT", True)
-    monkeypatch.setattr(one, "PLAN", one.Plan(**plan))
-    return one
+def chain_of(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Any:
+    """The module, with every kernel waiting by flag."""
+    chain = importlib.import_module("rodimus_lab.ops.chain")
+    for name, value in ({"FLAGS": frozenset(chain.FOLLOWERS)} | settings).items():
+        monkeypatch.setattr(chain, name, value)
+    return chain
 
 
 @runs_kernels
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("B", "D", "M", "n", "R", "W", "plan"),
-    [
-        (1, 32, 40, 16, 16, 4, {}),
-        (3, 24, 34, 5, 3, 2, {"copies": 1, "fc_width": 8, "fc_ahead": 2, "out_width": 16, "out_ahead": 1}),
-        (4, 72, 144, 8, 4, 3, {"fc_width": 32, "out_width": 32, "out_early": 1, "out_ahead": 3}),
-    ],
-)
-def test_rodimus_in_one_kernel(
-    B: int, D: int, M: int, n: int, R: int, W: int, plan: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the interpreter one launch a phase; each leaves the shared sums as it found them."""
-    one = in_one_kernel(monkeypatch, **plan)
-    shared: list[Any] = []
-    shared_by = one._shared_by
-    monkeypatch.setattr(one, "_shared_by", lambda *arguments: shared.append(shared_by(*arguments)) or shared[-1])
-    check_rodimus(B, D, M, n, R, W, torch.float32, steps=3)
-    assert len(shared) == 3
-    assert all(part is shared[0] for part in shared[1:])
-    assert not shared[0].sums.any()
-    check_rodimus(B, D, M, n, R, W, torch.float16)
+@pytest.mark.parametrize("copies", [1, 4])
+def test_a_chain_of_kernels(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sublayers and a head: the same bits as without flags, and every program is counted once, every step anew."""
+    B, D, M, n, R, W = 2, 32, 40, 16, 16, 4
+    layers = [placed(drawn_weights(D, M, n, R, W), torch.float32, DEVICE) for _ in range(2)]
+    head = placed(normal(50, D), torch.float32, DEVICE)
+    start = [placed((normal(B, W - 1, M), normal(B, 1, n, M)), torch.float32, DEVICE) for _ in range(2)]
+    inputs = placed(normal(3, B, D), torch.float32, DEVICE)
+    chain = importlib.import_module("rodimus_lab.ops.chain")
+
+    def steps() -> tuple[list[Tensor], list[Any]]:
+        states, outputs, counters = placed(tuple(start), torch.float32, DEVICE), [], []
+        for x in inputs:
+            with chain.chained(x, 9):
+                x = x.clone()
+                now = chain.current.get()
+                if now is not None:
+                    counters.append(list(now._counters))
+                for weights, state in zip(layers, states, strict=True):
+                    x = rodimus_step(x, x, *state, weights, backend="triton")
+                outputs.append(linear_step(x, head, backend="gemv"))
+                assert now is None or not now._counters
+        return [*outputs, *states[0], *states[1]], counters
+
+    want, none = steps()
+    assert not none
+    chain_of(monkeypatch, COPIES=copies)
+    got, counters = steps()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    sublayer = [20, (4 * n + R) // 2, 2 * B, 8]
+    for step in counters:
+        counted = torch.stack(step[::-1])
+        assert counted.sum((1, 2)).tolist() == [*sublayer, *sublayer, 13]
+        assert counted[:, :, 0].sum() == counted.sum()
+        assert (counted[:, :, 0].amax(1) - counted[:, :, 0].amin(1)).max() <= 1
 
 
 @runs_kernels
-def test_what_is_too_large_for_one_kernel_takes_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = in_one_kernel(monkeypatch)
-    weights = placed(drawn_weights(32, 64, 8, 4, 4), torch.float32, DEVICE)
-
-    def fits(B: int, n: int = 8) -> bool:
-        return one.fits(torch.zeros(B, 32, device=DEVICE), torch.zeros(B, 1, n, 64, device=DEVICE), weights)
-
-    assert fits(one.MAX_ROWS)
-    assert not fits(one.MAX_ROWS + 1)
-    assert not fits(1, n=65)
-    monkeypatch.setattr(one, "_multiprocessors", lambda device: 1)
-    assert not fits(1)
+def test_who_waits_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By flag only for the kernel just before, where that raises one; by the grid's end for all others."""
+    module = chain_of(monkeypatch, FLAGS=frozenset({"narrow", "linear"}))
+    x, c, narrow, y, out = (torch.zeros(1) for _ in range(5))
+    chain = module.Chain(x, 3)
+    assert chain.follow("enter", x, c, 7).awaited is None
+    link = chain.follow("narrow", c, narrow, 5)
+    assert link.awaited is not None
+    assert link.programs == 7
+    assert link.arrived is None, "memory does not wait by flag"
+    link = chain.follow("memory", narrow, y, 3)
+    assert link.awaited is None
+    awaited = chain.follow("linear", y, out, 2).awaited
+    assert awaited is link.arrived is not None
+    assert chain.follow("linear", x, y, 2).awaited is None, "of another's output"
+    assert chain.follow("linear", y, out, 2).awaited is None, "there were counters for three"
+    assert module.current.get() is None
+    with module.chained(x, 1):
+        assert module.current.get() is not None
+    monkeypatch.setattr(module, "FLAGS", frozenset())
+    with module.chained(x, 1):
+        assert module.current.get() is None
 
 
 def check_attention(
@@ -324,9 +348,10 @@ class Stack:
         self.wide_states = [placed(state, torch.float64, "cuda") for state in self.wide_states]
 
     def step(self) -> None:
-        x = self.x
-        for state, weights in zip(self.states, self.weights, strict=True):
-            x = rodimus_step(x, x, *state, weights, backend="triton")
+        with chained(self.x, 4 * len(self.weights)):
+            x = self.x.clone()
+            for state, weights in zip(self.states, self.weights, strict=True):
+                x = rodimus_step(x, x, *state, weights, backend="triton")
         self.y.copy_(x)
 
     def error_of_step(self, x: Tensor) -> float:
@@ -357,9 +382,11 @@ def captured(step: Any) -> torch.cuda.CUDAGraph:
     ("B", "dtype"),
     [(1, torch.bfloat16), (1, torch.float32), (2, torch.bfloat16), (3, torch.float16), (4, torch.bfloat16)],
 )
-def test_one_kernel_replayed_often(B: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two models on one stream, in graphs of several sublayers: the barrier holds whatever came before."""
-    in_one_kernel(monkeypatch)
+@pytest.mark.parametrize("flags", [False, True])
+def test_graphs_replayed_often(B: int, dtype: torch.dtype, flags: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models on one stream, in graphs of several sublayers: no kernel overtakes one whose work it reads."""
+    if flags:
+        chain_of(monkeypatch, EARLY=frozenset({"enter", "narrow", "memory", "linear"}))
     stacks = [Stack(3, B, 2048, dtype), Stack(2, B, 768, dtype)]
     start = [[placed(state, dtype, "cuda") for state in stack.states] for stack in stacks]
     graphs = [captured(stack.step) for stack in stacks]
@@ -375,42 +402,15 @@ def test_one_kernel_replayed_often(B: int, dtype: torch.dtype, monkeypatch: pyte
             assert worst < 2 * TOLERANCE[dtype], step
 
 
-@pytest.mark.gpu
-@pytest.mark.timeout(300)
-@torch.no_grad()
-def test_one_kernel_gives_the_same_bits_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also right after itself, on the state that it has only just written."""
-    in_one_kernel(monkeypatch)
-    weights = placed(drawn_weights(2048, 4096, 64, 16, 4), torch.bfloat16, "cuda")
-    start = placed((normal(2, 3, 4096), normal(2, 1, 64, 4096)), torch.bfloat16, "cuda")
-    x = placed(normal(50, 2, 2048), torch.bfloat16, "cuda")
-    runs = []
-    for _ in range(3):
-        state = placed(start, torch.bfloat16, "cuda")
-        runs.append([torch.stack([rodimus_step(row, row, *state, weights, backend="triton") for row in x]), *state])
-    for other in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
-
-
 WIDE = {
-    "fp32": ("narrow_ptr", "narrow_out", "low_ptr", "low_out", "part_ptr", "top_ptr", "sum_ptr", "top_out", "sum_out")
+    "fp32": "narrow_ptr narrow_out low_ptr low_out part_ptr top_ptr sum_ptr top_out sum_out state_ptr",
+    "i32": "awaited_ptr arrived_ptr",
+    "i64": "length_ptr",
+    "fp64": "frequency_ptr",
 }
-WIDE["fp32"] += ("state_ptr", "inner_ptr")
-WIDE |= {"i32": ("barrier_ptr",), "i64": ("length_ptr", "total_ptr"), "fp64": ("frequency_ptr",)}
-POINTERS = {name: kind for kind, names in WIDE.items() for name in names}
+POINTERS = {name: kind for kind, names in WIDE.items() for name in names.split()}
 LINEAR = {"D": 4096, "E": 2048, "B": 1, "BB": 1, "BE": 4, "BD": 2048, "NORM": True, "GATED": False}
 MEMORY = {"M": 4096, "N": 64, "BN": 64, "R": 16, "BR": 16}
-ONE = {"D": 2048, "M": 4096, "N": 64, "R": 16, "W": 4, "BN": 64, "BR": 16, "PROGRAMS": 128, "CH": 32, "OUT": 16}
-ONE |= {
-    "RUN": 8,
-    "FC_WIDTH": 256,
-    "OUT_WIDTH": 1024,
-    "OUT_EARLY": 0,
-    "COPIES": 4,
-    "FIRST": 0,
-    "LAST": 2,
-    "num_warps": 8,
-}
 HEAD = {"K": 64, "V": 64, "BK": 32, "BV": 64, "P": 16, "BS": 64, "ROTARY": True}
 HOPPER = [
     ("linear_step.triton", "_gemv_kernel", LINEAR | {"BIAS": False, "BASE": True}),
@@ -430,36 +430,32 @@ HOPPER = [
     (
         "rodimus_step.triton",
         "_narrow_kernel",
-        {"M": 4096, "E": 256, "R": 16, "B": 1, "BB": 1, "BE": 2, "BD": 2048, "THREADS": 128, "PREFETCH": True},
+        {"M": 4096, "E": 256, "R": 16, "B": 1, "BB": 1, "BE": 2, "BD": 2048},
     ),
-    ("rodimus_step.triton", "_memory_kernel", MEMORY | {"BM": 32, "THREADS": 128, "PREFETCH": True}),
-    (
-        "rodimus_step.persistent",
-        "_sublayer_kernel",
-        ONE | {"B": 1, "FC_AHEAD": 4, "OUT_AHEAD": 4, "LAUNCH_AFTER": 0, "AHEAD_KIB": 0},
-    ),
-    (
-        "rodimus_step.persistent",
-        "_sublayer_kernel",
-        ONE | {"B": 2, "FC_AHEAD": 2, "OUT_AHEAD": 2, "LAUNCH_AFTER": 1, "AHEAD_KIB": 64},
-    ),
+    ("rodimus_step.triton", "_memory_kernel", MEMORY | {"BM": 32}),
     ("attention.step_triton", "_stretch_kernel", HEAD | {"H": 32, "G": 1, "J": 32, "R": 1, "BR": 1}),
     ("attention.step_triton", "_stretch_kernel", HEAD | {"H": 32, "G": 8, "J": 8, "R": 4, "BR": 16}),
     ("attention.step_triton", "_join_kernel", {"H": 32, "V": 64, "BV": 64, "P": 16, "BP": 16}),
 ]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in the compiler's place")
-@pytest.mark.parametrize(("module", "name", "constants"), HOPPER)
-def test_the_kernels_compile_for_hopper_without_one(module: str, name: str, constants: dict[str, Any]) -> None:
-    """To machine code, in which a kernel's weights are loaded before it waits for the one before it."""
+UNFLAGGED = {
+    "awaited_ptr": None,
+    "arrived_ptr": None,
+    "COPIES": 1,
+    "RELAXED": False,
+    "EARLY": False,
+    "PACKED": False,
+}
+FLAGGED = {"COPIES": 4, "EARLY": True, "PACKED": True}
+
+
+def compiled_for_hopper(module: str, name: str, constants: dict[str, Any]) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(f"rodimus_lab.ops.{module}"), name)
-    constants = constants | {"PDL": True}
-    num_warps = constants.pop("num_warps", 4)
     signature, divisible = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -468,24 +464,51 @@ def test_the_kernels_compile_for_hopper_without_one(module: str, name: str, cons
             signature[argument] = "*" + POINTERS.get(argument, "bf16")
             divisible[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[argument] = "fp32" if argument in ("scale", "eps", "out_eps") else "i32"
-    fixed = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
+            signature[argument] = "fp32" if argument in ("scale", "eps") else "i32"
+    fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items() if name in kernel.arg_names}
     compiled = triton.compile(
         ASTSource(kernel, signature, fixed, divisible),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": num_warps, "launch_pdl": True},
+        options={"num_warps": 4, "launch_pdl": True},
     )
     assert compiled.asm["cubin"]
-    ptx = compiled.asm["ptx"]
+    return compiled
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in the compiler's place")
+@pytest.mark.parametrize(("module", "name", "constants"), HOPPER)
+def test_the_kernels_compile_for_hopper_without_one(module: str, name: str, constants: dict[str, Any]) -> None:
+    """To machine code, in which a kernel's weights are loaded before it waits for the one before it."""
+    ptx = compiled_for_hopper(module, name, UNFLAGGED | constants | {"PDL": True}).asm["ptx"]
     before, after = ptx.split("griddepcontrol.wait", 1)
-    late = name in ("_narrow_kernel", "_skinny_kernel") or constants.get("LAUNCH_AFTER")
-    assert ("griddepcontrol.launch_dependents" in before) != bool(late)
+    assert ("griddepcontrol.launch_dependents" in before) == (name not in ("_narrow_kernel", "_skinny_kernel"))
     assert ("ld.global" in before) == (
         name not in ("_ready_kernel", "_skinny_kernel", "_stretch_kernel", "_join_kernel")
     )
     assert "st.global" not in before
     assert "st.global" in after
-    if name == "_sublayer_kernel":
-        first, second = (part.split("ld.acquire", 1)[0] for part in ptx.split("atom.release.gpu", 2)[1:])
-        assert first.count("ld.global.L1::evict_first") >= 4, "W_out is on its way before the program waits"
-        assert "st.global" not in first + second
+    assert "red.release" not in ptx
+
+
+CHAINED = [case for case in HOPPER if case[1] in ("_gemv_kernel", "_enter_kernel", "_narrow_kernel", "_memory_kernel")]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in the compiler's place")
+@pytest.mark.parametrize("relaxed", [False, True])
+@pytest.mark.parametrize(("module", "name", "constants"), CHAINED)
+def test_the_kernels_of_a_chain_compile_for_hopper(
+    module: str, name: str, constants: dict[str, Any], relaxed: bool
+) -> None:
+    """Weights are loaded before the kernel looks at flags; it stores only after that, and counts itself in last."""
+    constants = FLAGGED | constants | {"RELAXED": relaxed, "PDL": True}
+    ptx = compiled_for_hopper(module, name, constants).asm["ptx"]
+    assert "griddepcontrol.wait" not in ptx
+    before, after = ptx.split("ld.relaxed.gpu" if relaxed else "ld.acquire.gpu", 1)
+    work, rest = after.rsplit("red.release.gpu", 1)
+    assert before.index("griddepcontrol.launch_dependents") < before.index("ld.global")
+    assert "st.global" not in before
+    assert "st.global" in work
+    assert not relaxed or "fence.acq_rel.gpu" in work
+    assert "red.release" not in work
+    assert "ld.global" not in rest
+    assert "st.global" not in rest

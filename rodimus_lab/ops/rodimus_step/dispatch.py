@@ -26,14 +26,12 @@ def rodimus_step(
     conv_BWM: Tensor,
     memory_B1nM: Tensor,
     weights: RodimusWeights,
-    ahead: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
     """base + Rodimus(norm(x)) for one token a row; `conv_BWM` and `memory_B1nM` become the state after it.
 
-    `ahead` is the weight that whatever follows reads first, which may be called into the cache meanwhile. Forward only.
-    Raises `UserError` for a backend that cannot run.
+    Forward only. Raises `UserError` for a backend that cannot run.
     """
     facts = {
         "device": x_BD.device.type,
@@ -41,12 +39,10 @@ def rodimus_step(
         "key_width": memory_B1nM.shape[-2],
         "grad": torch.is_grad_enabled(),
     }
-    return choose("rodimus_step", backend, facts).run(x_BD, base_BD, conv_BWM, memory_B1nM, weights, ahead)
+    return choose("rodimus_step", backend, facts).run(x_BD, base_BD, conv_BWM, memory_B1nM, weights)
 
 
-def naive(
-    x_BD: Tensor, base_BD: Tensor, conv_BWM: Tensor, memory_B1nM: Tensor, weights: RodimusWeights, ahead: Tensor | None
-) -> Tensor:
+def naive(x_BD: Tensor, base_BD: Tensor, conv_BWM: Tensor, memory_B1nM: Tensor, weights: RodimusWeights) -> Tensor:
     """The definition; gates, the state's update and the last norm in at least float32."""
     n, dtype = memory_B1nM.shape[-2], weights.fc_2MD.dtype
     wide = torch.promote_types(dtype, torch.float32)
