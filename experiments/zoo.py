@@ -120,8 +120,8 @@ def table4(records: Sequence[Record], paper: PaperResults) -> Table:
         columns,
         [
             f"States are read from the real ones at the {SIZE.name} size (d = {SIZE.d_model:,}), all heads together. "
-            "The operator gated_linear, of which ssd is the case of one gate a head, is the one with a form in chunks of "
-            "matrix products, as linear attention has; "
+            "The operator gated_linear, of which ssd is the case of one gate a head, is the one with a form in chunks "
+            "of matrix products, as linear attention has; "
             "diagonal_scan and selective_scan go step by step or by a parallel scan.",
             "Hawk's A_t and B_t stand as the paper prints them, the other way round than in the RG-LRU, where "
             "a^(c · σ(g_t)) is the decay; its width is Griffin's 4d/3, rounded up, and not d.",
