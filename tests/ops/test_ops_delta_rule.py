@@ -6,6 +6,7 @@ Shapes: B batch, T time, H heads, K key width, V value width.
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -223,6 +224,23 @@ def test_one_step_equals_the_definition(ids: tuple[int, int] | None, form: str) 
     arguments = inputs(1, form)
     want = outputs_and_gradients(arguments, segments, "naive", torch.float64)
     assert_agree(outputs_and_gradients(arguments, segments, "step", torch.float64), want, 1e-12)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("form", ["keywise", "general"])
+def test_what_is_compiled_around_it_has_its_gradients(form: str) -> None:
+    """At a length that is no whole number of chunks, where the compiler must not come in."""
+    arguments = inputs(70, form, heads=1)
+    leaves = {name: x.requires_grad_() for name, x in arguments.items()}
+
+    def run(*tensors: Tensor) -> Tensor:
+        return delta_rule(**dict(zip(leaves, tensors, strict=True)))[0].tanh()
+
+    want, got = run(*leaves.values()), torch.compile(run)(*leaves.values())
+    weight = torch.randn_like(want)
+    gradients = [torch.autograd.grad((o * weight).sum(), list(leaves.values())) for o in (want, got)]
+    torch._dynamo.reset()
+    torch.testing.assert_close((got, *gradients[1]), (want, *gradients[0]), rtol=1e-9, atol=1e-9)
 
 
 def test_an_expanded_gate_is_one_gate() -> None:

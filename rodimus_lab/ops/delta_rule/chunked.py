@@ -44,6 +44,8 @@ class Decayed(NamedTuple):
     whole: Tensor
 
 
+# torch 2.13's inductor, at lengths that are no whole number of chunks, gets the gradient of the gates wrong.
+@torch.compiler.disable
 def chunked(
     q_BTHK: Tensor,
     v_BTHV: Tensor,
