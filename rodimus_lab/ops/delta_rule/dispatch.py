@@ -5,7 +5,6 @@ Shapes: B batch, T time, H heads, K key width, V value width.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from rodimus_lab.ops.backend import Backend, choose, declare
 from rodimus_lab.ops.delta_rule.chunked import chunked
 from rodimus_lab.ops.delta_rule.naive import Transition, naive
 from rodimus_lab.ops.delta_rule.step import one_step
+from rodimus_lab.ops.installed import installed
 from rodimus_lab.ops.segments import Segments
 
 
@@ -105,7 +105,7 @@ def _fla(q: Tensor, v: Tensor, transition: Transition, scale: float, state: Tens
 def _fla_why_not(device: str, packed: bool, dtype: torch.dtype, key_width: int, **_: Any) -> str | None:
     if device != "cuda":
         return "flash-linear-attention's kernels need a CUDA device"
-    if importlib.util.find_spec("fla") is None:
+    if not installed("fla"):
         return "flash-linear-attention is not installed (pip install -e '.[kernels]')"
     if packed:
         return "padding and packed documents go through another path"
