@@ -16,7 +16,6 @@ from rodimus_lab.config import Config
 from rodimus_lab.nn.block import Block, BlockConfig
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer
 from rodimus_lab.nn.norm import Norm
-from rodimus_lab.ops.chain import KERNELS_OF_SUBLAYER, chained
 from rodimus_lab.ops.cross_entropy import cross_entropy
 from rodimus_lab.ops.linear_step import linear_step
 from rodimus_lab.ops.segments import Segments
@@ -177,18 +176,17 @@ class LanguageModel(nn.Module):
 
         The state is overwritten, so the call may be captured in a CUDA graph; it must have room for the token.
         """
-        with chained(ids_B, KERNELS_OF_SUBLAYER * sum(map(len, state.blocks)) + 1):
-            x_BD = self.embedding(ids_B)
-            if self.positions is not None:
-                x_BD = x_BD + self.positions(state.length_B.clamp(max=self.config.max_positions - 1))
-            state.length_B.add_(1)
-            for block, block_state in zip(self.blocks, state.blocks, strict=True):
-                x_BD = block.step(x_BD, block_state)  # type: ignore[operator]
-            norm = self.final_norm.rms
-            if norm is None:
-                x_BD = self.final_norm(x_BD)
-            dtype = torch.promote_types(x_BD.dtype, torch.float32)
-            return linear_step(x_BD, self.head_weight_VD, self.head_bias, norm=norm, dtype=dtype)
+        x_BD = self.embedding(ids_B)
+        if self.positions is not None:
+            x_BD = x_BD + self.positions(state.length_B.clamp(max=self.config.max_positions - 1))
+        state.length_B.add_(1)
+        for block, block_state in zip(self.blocks, state.blocks, strict=True):
+            x_BD = block.step(x_BD, block_state)  # type: ignore[operator]
+        norm = self.final_norm.rms
+        if norm is None:
+            x_BD = self.final_norm(x_BD)
+        dtype = torch.promote_types(x_BD.dtype, torch.float32)
+        return linear_step(x_BD, self.head_weight_VD, self.head_bias, norm=norm, dtype=dtype)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         logits = nn.functional.linear(x_BTD, self.head_weight_VD.to(x_BTD.dtype))

@@ -20,7 +20,6 @@ from torch import Tensor
 from rodimus_lab.errors import UserError
 from rodimus_lab.ops import attention_step, linear_step, rodimus_step
 from rodimus_lab.ops.attention import KVCache
-from rodimus_lab.ops.chain import chained
 from rodimus_lab.ops.linear_step import RMS
 from rodimus_lab.ops.rodimus_step import RodimusWeights
 
@@ -166,78 +165,6 @@ def test_rodimus_in_skinny_products(monkeypatch: pytest.MonkeyPatch) -> None:
     check_rodimus(16, 24, 34, 5, 3, 2, torch.float16)
 
 
-def chain_of(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Any:
-    """The module, with every kernel waiting by flag."""
-    chain = importlib.import_module("rodimus_lab.ops.chain")
-    for name, value in ({"FLAGS": frozenset(chain.FOLLOWERS)} | settings).items():
-        monkeypatch.setattr(chain, name, value)
-    return chain
-
-
-@runs_kernels
-@torch.no_grad()
-@pytest.mark.parametrize("copies", [1, 4])
-def test_a_chain_of_kernels(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sublayers and a head: the same bits as without flags, and every program is counted once, every step anew."""
-    B, D, M, n, R, W = 2, 32, 40, 16, 16, 4
-    layers = [placed(drawn_weights(D, M, n, R, W), torch.float32, DEVICE) for _ in range(2)]
-    head = placed(normal(50, D), torch.float32, DEVICE)
-    start = [placed((normal(B, W - 1, M), normal(B, 1, n, M)), torch.float32, DEVICE) for _ in range(2)]
-    inputs = placed(normal(3, B, D), torch.float32, DEVICE)
-    chain = importlib.import_module("rodimus_lab.ops.chain")
-
-    def steps() -> tuple[list[Tensor], list[Any]]:
-        states, outputs, counters = placed(tuple(start), torch.float32, DEVICE), [], []
-        for x in inputs:
-            with chain.chained(x, 9):
-                x = x.clone()
-                now = chain.current.get()
-                if now is not None:
-                    counters.append(list(now._counters))
-                for weights, state in zip(layers, states, strict=True):
-                    x = rodimus_step(x, x, *state, weights, backend="triton")
-                outputs.append(linear_step(x, head, backend="gemv"))
-                assert now is None or not now._counters
-        return [*outputs, *states[0], *states[1]], counters
-
-    want, none = steps()
-    assert not none
-    chain_of(monkeypatch, COPIES=copies)
-    got, counters = steps()
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    sublayer = [20, (4 * n + R) // 2, 2 * B, 8]
-    for step in counters:
-        counted = torch.stack(step[::-1])
-        assert counted.sum((1, 2)).tolist() == [*sublayer, *sublayer, 13]
-        assert counted[:, :, 0].sum() == counted.sum()
-        assert (counted[:, :, 0].amax(1) - counted[:, :, 0].amin(1)).max() <= 1
-
-
-@runs_kernels
-def test_who_waits_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By flag only for the kernel just before, where that raises one; by the grid's end for all others."""
-    module = chain_of(monkeypatch, FLAGS=frozenset({"narrow", "linear"}))
-    x, c, narrow, y, out = (torch.zeros(1) for _ in range(5))
-    chain = module.Chain(x, 3)
-    assert chain.follow("enter", x, c, 7).awaited is None
-    link = chain.follow("narrow", c, narrow, 5)
-    assert link.awaited is not None
-    assert link.programs == 7
-    assert link.arrived is None, "memory does not wait by flag"
-    link = chain.follow("memory", narrow, y, 3)
-    assert link.awaited is None
-    awaited = chain.follow("linear", y, out, 2).awaited
-    assert awaited is link.arrived is not None
-    assert chain.follow("linear", x, y, 2).awaited is None, "of another's output"
-    assert chain.follow("linear", y, out, 2).awaited is None, "there were counters for three"
-    assert module.current.get() is None
-    with module.chained(x, 1):
-        assert module.current.get() is not None
-    monkeypatch.setattr(module, "FLAGS", frozenset())
-    with module.chained(x, 1):
-        assert module.current.get() is None
-
-
 def check_attention(
     heads: tuple[int, int, int],
     K: int,
@@ -348,10 +275,9 @@ class Stack:
         self.wide_states = [placed(state, torch.float64, "cuda") for state in self.wide_states]
 
     def step(self) -> None:
-        with chained(self.x, 4 * len(self.weights)):
-            x = self.x.clone()
-            for state, weights in zip(self.states, self.weights, strict=True):
-                x = rodimus_step(x, x, *state, weights, backend="triton")
+        x = self.x
+        for state, weights in zip(self.states, self.weights, strict=True):
+            x = rodimus_step(x, x, *state, weights, backend="triton")
         self.y.copy_(x)
 
     def error_of_step(self, x: Tensor) -> float:
@@ -382,11 +308,8 @@ def captured(step: Any) -> torch.cuda.CUDAGraph:
     ("B", "dtype"),
     [(1, torch.bfloat16), (1, torch.float32), (2, torch.bfloat16), (3, torch.float16), (4, torch.bfloat16)],
 )
-@pytest.mark.parametrize("flags", [False, True])
-def test_graphs_replayed_often(B: int, dtype: torch.dtype, flags: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_replayed_often(B: int, dtype: torch.dtype) -> None:
     """Two models on one stream, in graphs of several sublayers: no kernel overtakes one whose work it reads."""
-    if flags:
-        chain_of(monkeypatch, EARLY=frozenset({"enter", "narrow", "memory", "linear"}))
     stacks = [Stack(3, B, 2048, dtype), Stack(2, B, 768, dtype)]
     start = [[placed(state, dtype, "cuda") for state in stack.states] for stack in stacks]
     graphs = [captured(stack.step) for stack in stacks]
@@ -404,7 +327,6 @@ def test_graphs_replayed_often(B: int, dtype: torch.dtype, flags: bool, monkeypa
 
 WIDE = {
     "fp32": "narrow_ptr narrow_out low_ptr low_out part_ptr top_ptr sum_ptr top_out sum_out state_ptr",
-    "i32": "awaited_ptr arrived_ptr",
     "i64": "length_ptr",
     "fp64": "frequency_ptr",
 }
@@ -439,23 +361,16 @@ HOPPER = [
 ]
 
 
-UNFLAGGED = {
-    "awaited_ptr": None,
-    "arrived_ptr": None,
-    "COPIES": 1,
-    "RELAXED": False,
-    "EARLY": False,
-    "PACKED": False,
-}
-FLAGGED = {"COPIES": 4, "EARLY": True, "PACKED": True}
-
-
-def compiled_for_hopper(module: str, name: str, constants: dict[str, Any]) -> Any:
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in the compiler's place")
+@pytest.mark.parametrize(("module", "name", "constants"), HOPPER)
+def test_the_kernels_compile_for_hopper_without_one(module: str, name: str, constants: dict[str, Any]) -> None:
+    """To machine code, in which a kernel's weights are loaded before it waits for the one before it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(f"rodimus_lab.ops.{module}"), name)
+    constants = constants | {"PDL": True}
     signature, divisible = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -465,50 +380,17 @@ def compiled_for_hopper(module: str, name: str, constants: dict[str, Any]) -> An
             divisible[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[argument] = "fp32" if argument in ("scale", "eps") else "i32"
-    fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items() if name in kernel.arg_names}
+    fixed = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
     compiled = triton.compile(
         ASTSource(kernel, signature, fixed, divisible),
         target=GPUTarget("cuda", 90, 32),
         options={"num_warps": 4, "launch_pdl": True},
     )
     assert compiled.asm["cubin"]
-    return compiled
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in the compiler's place")
-@pytest.mark.parametrize(("module", "name", "constants"), HOPPER)
-def test_the_kernels_compile_for_hopper_without_one(module: str, name: str, constants: dict[str, Any]) -> None:
-    """To machine code, in which a kernel's weights are loaded before it waits for the one before it."""
-    ptx = compiled_for_hopper(module, name, UNFLAGGED | constants | {"PDL": True}).asm["ptx"]
-    before, after = ptx.split("griddepcontrol.wait", 1)
+    before, after = compiled.asm["ptx"].split("griddepcontrol.wait", 1)
     assert ("griddepcontrol.launch_dependents" in before) == (name not in ("_narrow_kernel", "_skinny_kernel"))
     assert ("ld.global" in before) == (
         name not in ("_ready_kernel", "_skinny_kernel", "_stretch_kernel", "_join_kernel")
     )
     assert "st.global" not in before
     assert "st.global" in after
-    assert "red.release" not in ptx
-
-
-CHAINED = [case for case in HOPPER if case[1] in ("_gemv_kernel", "_enter_kernel", "_narrow_kernel", "_memory_kernel")]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in the compiler's place")
-@pytest.mark.parametrize("relaxed", [False, True])
-@pytest.mark.parametrize(("module", "name", "constants"), CHAINED)
-def test_the_kernels_of_a_chain_compile_for_hopper(
-    module: str, name: str, constants: dict[str, Any], relaxed: bool
-) -> None:
-    """Weights are loaded before the kernel looks at flags; it stores only after that, and counts itself in last."""
-    constants = FLAGGED | constants | {"RELAXED": relaxed, "PDL": True}
-    ptx = compiled_for_hopper(module, name, constants).asm["ptx"]
-    assert "griddepcontrol.wait" not in ptx
-    before, after = ptx.split("ld.relaxed.gpu" if relaxed else "ld.acquire.gpu", 1)
-    work, rest = after.rsplit("red.release.gpu", 1)
-    assert before.index("griddepcontrol.launch_dependents") < before.index("ld.global")
-    assert "st.global" not in before
-    assert "st.global" in work
-    assert not relaxed or "fence.acq_rel.gpu" in work
-    assert "red.release" not in work
-    assert "ld.global" not in rest
-    assert "st.global" not in rest

@@ -10,22 +10,12 @@ Shapes: B rows (BB: padded to a power of two), D inputs, E outputs, BD and BE th
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rodimus_lab.ops.fast_math import INTERPRETED
-from rodimus_lab.ops.launch import (
-    await_flags,
-    gdc_launch_dependents,
-    gdc_wait,
-    launch_options,
-    linked_options,
-    raise_flag,
-)
+from rodimus_lab.ops.launch import gdc_launch_dependents, gdc_wait, launch_options
 from rodimus_lab.ops.linear_step.rms import RMS
 
 
@@ -38,24 +28,10 @@ def load_weights(w_ptr, row, start, D: tl.constexpr, E: tl.constexpr, BD: tl.con
 
 
 @triton.jit
-def _widen(w, PACKED: tl.constexpr):
-    """To float32; with PACKED from registers that hold two bfloat16 each until now. Otherwise the compiler parts them
-    as soon as they are loaded, which takes twice the registers and waits for them to arrive."""
-    if INTERPRETED or not PACKED or w.dtype != tl.bfloat16:
-        return w.to(tl.float32)
-    else:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 low, high; shl.b32 low, $2, 16; and.b32 high, $2, 0xffff0000;
-            mov.b32 $0, low; mov.b32 $1, high; }""",
-            "=f,=f,r", [w], dtype=tl.float32, is_pure=True, pack=2,
-        )  # fmt: skip
-
-
-@triton.jit
 def weights_times_rows(
     w, w_ptr, row, x_ptr, x_stride, norm_ptr, eps,
     D: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
-    PACKED: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """y (BE, BB) in float32; `w` is the first tile of weights, already loaded."""
     batch = tl.arange(0, BB)
@@ -66,7 +42,7 @@ def weights_times_rows(
         if start + BD < D:
             ahead = load_weights(w_ptr, row, start + BD, D, E, BD)
         col = start + tl.arange(0, BD)
-        wide = _widen(w, PACKED)
+        wide = w.to(tl.float32)
         factor = tl.full([BD], 1.0, tl.float32)
         if NORM:
             factor = tl.load(norm_ptr + col, mask=col < D, other=0.0).to(tl.float32)
@@ -89,19 +65,15 @@ def weights_times_rows(
 def _gemv_kernel(
     x_ptr, w_ptr, bias_ptr, norm_ptr, base_ptr, y_out, x_stride, eps,
     D: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
-    PACKED: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, BASE: tl.constexpr,
-    awaited_ptr, arrived_ptr, awaited, COPIES: tl.constexpr, RELAXED: tl.constexpr,
-    EARLY: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, BASE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL and EARLY:
-        gdc_launch_dependents()
     row = tl.program_id(0) * BE + tl.arange(0, BE)
     batch = tl.arange(0, BB)
     w = load_weights(w_ptr, row, 0, D, E, BD)
-    if PDL and not EARLY:
+    if PDL:
         gdc_launch_dependents()
-    await_flags(awaited_ptr, awaited, COPIES, RELAXED, PDL)
-    y = weights_times_rows(w, w_ptr, row, x_ptr, x_stride, norm_ptr, eps, D, E, B, BB, BE, BD, PACKED, NORM, GATED)
+        gdc_wait()
+    y = weights_times_rows(w, w_ptr, row, x_ptr, x_stride, norm_ptr, eps, D, E, B, BB, BE, BD, NORM, GATED)
     if BIAS:
         y += tl.load(bias_ptr + row, mask=row < E, other=0.0).to(tl.float32)[:, None]
     at = batch[None, :] * E + row[:, None]
@@ -109,7 +81,6 @@ def _gemv_kernel(
     if BASE:
         y += tl.load(base_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_out + at, y.to(y_out.dtype.element_ty), mask=inside)
-    raise_flag(arrived_ptr, tl.program_id(0), COPIES)
 
 
 @triton.jit
@@ -166,10 +137,10 @@ def skinny_tile(inputs: int, outputs: int, itemsize: int) -> dict[str, int]:
     return {"BE": height, "BD": width, "STAGES": 4, "num_warps": max(2, height // 16)}
 
 
-def tile(inputs: int, outputs: int, itemsize: int) -> dict[str, Any]:
-    """`BE`, `BD`, `PACKED` and the warps of a program: some 16 KiB of weights a program, 16 bytes a load."""
+def tile(inputs: int, outputs: int, itemsize: int) -> dict[str, int]:
+    """`BE`, `BD` and the warps of a program: some 16 KiB of weights a program, 16 bytes a load."""
     width = min(triton.next_power_of_2(inputs), 4096 // itemsize)
-    return {"BE": 4, "BD": width, "PACKED": False, "num_warps": 4}
+    return {"BE": 4, "BD": width, "num_warps": 4}
 
 
 def gemv(
@@ -181,12 +152,11 @@ def gemv(
     B = x.shape[0]
     y = x.new_empty(B, E, dtype=dtype)
     size = tile(D, E, weight.element_size())
-    programs = triton.cdiv(E, size["BE"])
-    _gemv_kernel[(programs,)](
+    _gemv_kernel[(triton.cdiv(E, size["BE"]),)](
         x, weight, weight if bias is None else bias, weight if norm is None else norm.weight_D,
         weight if base is None else base.contiguous(), y, x.stride(0), 0.0 if norm is None else norm.eps,
         D=D, E=E, B=B, BB=triton.next_power_of_2(B), NORM=norm is not None, GATED=gated, BIAS=bias is not None,
-        BASE=base is not None, **size, **linked_options("linear", x, y, programs),
+        BASE=base is not None, **size, **launch_options(x),
     )  # fmt: skip
     return y
 

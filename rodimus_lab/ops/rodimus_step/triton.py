@@ -17,22 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rodimus_lab.ops.launch import (
-    await_flags,
-    gdc_launch_dependents,
-    gdc_wait,
-    launch_options,
-    linked_options,
-    raise_flag,
-)
+from rodimus_lab.ops.launch import gdc_launch_dependents, gdc_wait, launch_options
 from rodimus_lab.ops.linear_step import MAX_ROWS, dispatch
 from rodimus_lab.ops.linear_step.triton import gemm, gemv, load_weights, skinny, tile, weights_times_rows
 from rodimus_lab.ops.rodimus_step.gates import decay_and_key
 from rodimus_lab.ops.rodimus_step.weights import RodimusWeights
-
-# Of a program, for a few rows: outputs of `narrow`, channels of `memory`.
-NARROW_ROWS = 2
-MEMORY_WIDTH = 32
 
 
 @triton.jit
@@ -69,25 +58,20 @@ def _convolve(x, history, past, conv_ptr, cw_ptr, c_out, channel, M: tl.constexp
 def _enter_kernel(
     u_ptr, w_ptr, norm_ptr, conv_ptr, cw_ptr, cb_ptr, xz_out, c_out, u_stride, eps,
     D: tl.constexpr, M: tl.constexpr, W: tl.constexpr, BW: tl.constexpr,
-    B: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr,
-    awaited_ptr, arrived_ptr, awaited, COPIES: tl.constexpr, RELAXED: tl.constexpr,
-    EARLY: tl.constexpr, PDL: tl.constexpr,
+    B: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL and EARLY:
-        gdc_launch_dependents()
     row = tl.program_id(0) * BE + tl.arange(0, BE)
     batch = tl.arange(0, BB)
     w = load_weights(w_ptr, row, 0, D, 2 * M, BD)
     history, past = _past(conv_ptr, cw_ptr, cb_ptr, row, M, W, BW, B, BB, BE)
-    if PDL and not EARLY:
+    if PDL:
         gdc_launch_dependents()
-    await_flags(awaited_ptr, awaited, COPIES, RELAXED, PDL)
-    y = weights_times_rows(w, w_ptr, row, u_ptr, u_stride, norm_ptr, eps, D, 2 * M, B, BB, BE, BD, PACKED, True, False)
+        gdc_wait()
+    y = weights_times_rows(w, w_ptr, row, u_ptr, u_stride, norm_ptr, eps, D, 2 * M, B, BB, BE, BD, True, False)
     x = y.to(xz_out.dtype.element_ty)
     inside = (row < 2 * M)[:, None] & (batch < B)[None, :]
     tl.store(xz_out + batch[None, :] * (2 * M) + row[:, None], x, mask=inside)
     _convolve(x, history, past, conv_ptr, cw_ptr, c_out, row, M, W, BW, B, BB, BE)
-    raise_flag(arrived_ptr, tl.program_id(0), COPIES)
 
 
 @triton.jit
@@ -110,49 +94,41 @@ def _conv_kernel(
 def _narrow_kernel(
     c_ptr, xz_ptr, w_ptr, down_ptr, narrow_out, low_out,
     M: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
-    B: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr,
-    awaited_ptr, arrived_ptr, awaited, COPIES: tl.constexpr, RELAXED: tl.constexpr,
-    EARLY: tl.constexpr, PDL: tl.constexpr,
+    B: tl.constexpr, BB: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs of the first cdiv(E, BE) have rows of the state's projection, the others of the value gate's.
 
     The next kernel may start only once `enter` has ended. So neither `memory` nor the next step's `enter`, which read
-    the state before they wait, can overtake the kernel that wrote it. Within a chain it may start early.
+    the state before they wait, can overtake the kernel that wrote it.
     """
-    if PDL and EARLY:
-        gdc_launch_dependents()
     pid = tl.program_id(0)
     batch = tl.arange(0, BB)
     if pid < tl.cdiv(E, BE):
         row = pid * BE + tl.arange(0, BE)
         w = load_weights(w_ptr, row, 0, M, E, BD)
-        await_flags(awaited_ptr, awaited, COPIES, RELAXED, PDL)
-        if PDL and not EARLY:
+        if PDL:
+            gdc_wait()
             gdc_launch_dependents()
-        y = weights_times_rows(w, w_ptr, row, c_ptr, M, c_ptr, 0.0, M, E, B, BB, BE, BD, PACKED, False, False)
+        y = weights_times_rows(w, w_ptr, row, c_ptr, M, c_ptr, 0.0, M, E, B, BB, BE, BD, False, False)
         inside = (row < E)[:, None] & (batch < B)[None, :]
         tl.store(narrow_out + batch[None, :] * E + row[:, None], y.to(narrow_out.dtype.element_ty), mask=inside)
     else:
         row = (pid - tl.cdiv(E, BE)) * BE + tl.arange(0, BE)
         w = load_weights(down_ptr, row, 0, M, R, BD)
-        await_flags(awaited_ptr, awaited, COPIES, RELAXED, PDL)
-        if PDL and not EARLY:
+        if PDL:
+            gdc_wait()
             gdc_launch_dependents()
-        y = weights_times_rows(w, down_ptr, row, xz_ptr, 2 * M, xz_ptr, 0.0, M, R, B, BB, BE, BD, PACKED, False, False)
+        y = weights_times_rows(w, down_ptr, row, xz_ptr, 2 * M, xz_ptr, 0.0, M, R, B, BB, BE, BD, False, False)
         inside = (row < R)[:, None] & (batch < B)[None, :]
         tl.store(low_out + batch[None, :] * R + row[:, None], y.to(low_out.dtype.element_ty), mask=inside)
-    raise_flag(arrived_ptr, pid, COPIES)
 
 
 @triton.jit
 def _memory_kernel(
     narrow_ptr, low_ptr, gate_bias_ptr, xz_ptr, c_ptr, up_ptr, up_bias_ptr, through_ptr, state_ptr, y_out, scale,
     M: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
-    awaited_ptr, arrived_ptr, awaited, COPIES: tl.constexpr, RELAXED: tl.constexpr,
-    EARLY: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL and EARLY:
-        gdc_launch_dependents()
     b = tl.program_id(1)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n, r = tl.arange(0, BN), tl.arange(0, BR)
@@ -164,9 +140,9 @@ def _memory_kernel(
     through = tl.load(through_ptr + m, mask=in_M, other=0.0).to(tl.float32)
     g_bias = tl.load(gate_bias_ptr + n, mask=in_N, other=0.0).to(tl.float32)
     tau_bias = tl.load(gate_bias_ptr + N + n, mask=in_N, other=0.0).to(tl.float32)
-    if PDL and not EARLY:
+    if PDL:
         gdc_launch_dependents()
-    await_flags(awaited_ptr, awaited, COPIES, RELAXED, PDL)
+        gdc_wait()
     row = narrow_ptr + b * (4 * N) + n
     q = tl.load(row, mask=in_N, other=0.0).to(tl.float32) * scale
     k = tl.load(row + N, mask=in_N, other=0.0).to(tl.float32)
@@ -182,7 +158,6 @@ def _memory_kernel(
     tl.store(state_at, new.to(state_ptr.dtype.element_ty), mask=in_N[:, None] & in_M[None, :])
     o = tl.sum(q[:, None] * new, 0) + through * c
     tl.store(y_out + b * M + m, o * z * tl.sigmoid(z), mask=in_M)
-    raise_flag(arrived_ptr, b * tl.num_programs(0) + tl.program_id(0), COPIES)
 
 
 def fused(x: Tensor, base: Tensor, conv: Tensor, memory: Tensor, weights: RodimusWeights) -> Tensor:
@@ -194,39 +169,36 @@ def fused(x: Tensor, base: Tensor, conv: Tensor, memory: Tensor, weights: Rodimu
     M, W = weights.conv_MW.shape
     E, R, N = weights.state_proj_EM.shape[0], weights.gate_down_RM.shape[0], memory.shape[-2]
     BW, BB = triton.next_power_of_2(W - 1), triton.next_power_of_2(B)
+    options = launch_options(x)
     c = x.new_empty(B, M, dtype=dtype)
     y = x.new_empty(B, M, dtype=torch.float32)
     if B <= MAX_ROWS:
         xz = x.new_empty(B, 2 * M, dtype=dtype)
         size = tile(D, 2 * M, weights.fc_2MD.element_size())
-        programs = triton.cdiv(2 * M, size["BE"])
-        _enter_kernel[(programs,)](
+        _enter_kernel[(triton.cdiv(2 * M, size["BE"]),)](
             x, weights.fc_2MD, weights.norm.weight_D, conv, weights.conv_MW, weights.conv_bias_M, xz, c,
-            x.stride(0), weights.norm.eps, D=D, M=M, W=W, BW=BW, B=B, BB=BB, **size,
-            **linked_options("enter", x, c, programs),
+            x.stride(0), weights.norm.eps, D=D, M=M, W=W, BW=BW, B=B, BB=BB, **size, **options,
         )  # fmt: skip
         narrow, low = x.new_empty(B, E, dtype=torch.float32), x.new_empty(B, R, dtype=torch.float32)
-        size = tile(M, E + R, weights.state_proj_EM.element_size()) | {"BE": NARROW_ROWS}
-        programs = triton.cdiv(E, NARROW_ROWS) + triton.cdiv(R, NARROW_ROWS)
-        _narrow_kernel[(programs,)](
+        size = tile(M, E + R, weights.state_proj_EM.element_size()) | {"BE": 2}
+        _narrow_kernel[(triton.cdiv(E, 2) + triton.cdiv(R, 2),)](
             c, xz, weights.state_proj_EM, weights.gate_down_RM, narrow, low,
-            M=M, E=E, R=R, B=B, BB=BB, **size, **linked_options("narrow", c, narrow, programs),
+            M=M, E=E, R=R, B=B, BB=BB, **size, **options,
         )  # fmt: skip
     else:
         product = skinny if B <= dispatch.SKINNY_ROWS else gemm
         xz = product(x, weights.fc_2MD, None, weights.norm, False, None, dtype)
         _conv_kernel[(triton.cdiv(M, 256), B)](
-            xz, conv, weights.conv_MW, weights.conv_bias_M, c, M=M, W=W, BW=BW, BM=256, **launch_options(x)
+            xz, conv, weights.conv_MW, weights.conv_bias_M, c, M=M, W=W, BW=BW, BM=256, **options
         )
         narrow = product(c, weights.state_proj_EM, None, None, False, None, dtype)
         low = product(xz[:, :M], weights.gate_down_RM, None, None, False, None, dtype)
-    width = MEMORY_WIDTH if B <= MAX_ROWS else 64  # One keeps all of the GPU busy, the other reads whole cache lines.
-    blocks = triton.cdiv(M, width)
-    _memory_kernel[(blocks, B)](
+    width = 32 if B <= MAX_ROWS else 64  # One keeps all of the GPU busy, the other reads whole cache lines.
+    _memory_kernel[(triton.cdiv(M, width), B)](
         narrow, low, weights.gate_bias_2n, xz, c, weights.gate_up_MR, weights.gate_up_bias_M, weights.feedthrough_M,
         memory, y, N**-0.5,
         M=M, N=N, BN=triton.next_power_of_2(N), R=R, BR=triton.next_power_of_2(R), BM=width,
-        num_warps=4, **linked_options("memory", narrow, y, blocks * B),
+        num_warps=4, **options,
     )  # fmt: skip
     leave = gemv if B <= MAX_ROWS else product
     return leave(y, weights.out_DM, None, weights.out_norm, False, base, base.dtype)
