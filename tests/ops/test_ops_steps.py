@@ -352,7 +352,7 @@ HOPPER = [
     (
         "rodimus_step.triton",
         "_narrow_kernel",
-        {"M": 4096, "E": 256, "R": 16, "B": 1, "BB": 1, "BE": 2, "BD": 2048},
+        {"M": 4096, "E": 256, "R": 16, "B": 1, "BB": 1, "BE": 2, "BD": 4096, "num_warps": 8},
     ),
     ("rodimus_step.triton", "_memory_kernel", MEMORY | {"BM": 32}),
     ("attention.step_triton", "_stretch_kernel", HEAD | {"H": 32, "G": 1, "J": 32, "R": 1, "BR": 1}),

@@ -5,6 +5,7 @@ Shapes: B batch, T time, H heads, K key width, V value width.
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any
 
 import torch
@@ -93,13 +94,20 @@ def _fla(q: Tensor, v: Tensor, transition: Transition, scale: float, state: Tens
         # Theirs reads with `a` and writes along `b`.
         rank_one = {"a": b.to(v.dtype).contiguous(), "b": a.to(v.dtype).contiguous()}
         return chunk_dplr_delta_rule(q, k, v, gk=log_alpha.expand_as(k).contiguous(), **rank_one, **common)
-    if log_alpha.shape[-1] == 1:
+    if log_alpha.shape[-1] == 1 and not (torch.is_grad_enabled() and _one_gate_has_no_backward(q.device)):
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
         return chunk_gated_delta_rule(q, k, v, log_alpha.squeeze(-1).contiguous(), beta.contiguous(), **common)
     from fla.ops.kda import chunk_kda
 
-    return chunk_kda(q, k, v, log_alpha.contiguous(), beta.contiguous(), **common)
+    return chunk_kda(q, k, v, log_alpha.expand_as(k).contiguous(), beta.contiguous(), **common)
+
+
+def _one_gate_has_no_backward(device: torch.device) -> bool:
+    """flash-linear-attention refuses it on Hopper with these Triton versions, which compile it wrongly."""
+    version = tuple(int(part) for part in importlib.metadata.version("triton").split("+")[0].split(".")[:3])
+    on_hopper = torch.cuda.get_device_capability(device)[0] == 9
+    return on_hopper and (3, 4) <= version < (3, 7, 1) and not installed("tilelang")
 
 
 def _fla_why_not(device: str, packed: bool, dtype: torch.dtype, key_width: int, **_: Any) -> str | None:

@@ -180,7 +180,9 @@ def fused(x: Tensor, base: Tensor, conv: Tensor, memory: Tensor, weights: Rodimu
             x.stride(0), weights.norm.eps, D=D, M=M, W=W, BW=BW, B=B, BB=BB, **size, **options,
         )  # fmt: skip
         narrow, low = x.new_empty(B, E, dtype=torch.float32), x.new_empty(B, R, dtype=torch.float32)
-        size = tile(M, E + R, weights.state_proj_EM.element_size()) | {"BE": 2}
+        # Few rows: a program has whole ones, all of it asked for at once.
+        whole = min(triton.next_power_of_2(M), 8192 // weights.state_proj_EM.element_size())
+        size = {"BE": 2, "BD": whole, "num_warps": 8}
         _narrow_kernel[(triton.cdiv(E, 2) + triton.cdiv(R, 2),)](
             c, xz, weights.state_proj_EM, weights.gate_down_RM, narrow, low,
             M=M, E=E, R=R, B=B, BB=BB, **size, **options,
