@@ -371,6 +371,7 @@ def test_the_kernels_compile_for_hopper_without_one(module: str, name: str, cons
 
     kernel = getattr(importlib.import_module(f"rodimus_lab.ops.{module}"), name)
     constants = constants | {"PDL": True}
+    num_warps = constants.pop("num_warps", 4)
     signature, divisible = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -384,7 +385,7 @@ def test_the_kernels_compile_for_hopper_without_one(module: str, name: str, cons
     compiled = triton.compile(
         ASTSource(kernel, signature, fixed, divisible),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 4, "launch_pdl": True},
+        options={"num_warps": num_warps, "launch_pdl": True},
     )
     assert compiled.asm["cubin"]
     before, after = compiled.asm["ptx"].split("griddepcontrol.wait", 1)
