@@ -161,10 +161,6 @@ class DeltaMixer(TokenMixer):
             return y_BTD, None
         return y_BTD, DeltaState(conv_state.to(state.conv_BWM.dtype), memory_BHKV.to(state.memory_BHKV.dtype))
 
-    @property
-    def first_weight(self) -> Tensor:
-        return self.qkv_proj.weight
-
 
 def unit_length(x: Tensor) -> Tensor:
     """`x` over its length along the last dimension, worked out in float32."""

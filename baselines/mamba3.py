@@ -183,10 +183,6 @@ class Mamba3(TokenMixer):
         new = Mamba3State(memory_BHKV, key_BHK, value_BHV, gates_BH2, angle_BHA.remainder(2 * math.pi))
         return y_BTD, Mamba3State(*(part.to(old.dtype) for part, old in zip(new, state, strict=True)))
 
-    @property
-    def first_weight(self) -> Tensor:
-        return self.in_proj.weight
-
 
 def turned(x_BTHK: Tensor, angle_BTHA: Tensor) -> Tensor:
     """Turn the first A pairs (x_0, x_1), (x_2, x_3) ... by their angles; in the angles' dtype."""
