@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -301,19 +302,24 @@ def mixed(past_BTD: Tensor, x_BTD: Tensor, mu_D: Tensor) -> Tensor:
     return torch.lerp(past_BTD, x_BTD, mu_D.to(x_BTD.dtype))
 
 
-@MODELS.register("rwkv4")
-def rwkv4(size: Size) -> LanguageModelConfig:
-    """Every layer is a block of its own, since their first weights differ. Norms are LayerNorms."""
+def layered(
+    size: Size, time: Callable[..., TokenMixerConfig], channel: Callable[..., TokenMixerConfig]
+) -> LanguageModelConfig:
+    """Every layer is a block of its own, since their first weights differ: time mixing, then channel mixing, each after
+    a LayerNorm."""
     layers = size.num_layers
     return LanguageModelConfig(
         vocab_size=size.vocab_size,
         d_model=size.d_model,
         pattern=tuple(
-            BlockConfig(
-                hops=((RWKV4Config(layer=i, layers=layers),), (RWKV4ChannelConfig(layer=i, layers=layers),)),
-                norm="layer",
-            )
+            BlockConfig(hops=((time(layer=i, layers=layers),), (channel(layer=i, layers=layers),)), norm="layer")
             for i in range(layers)
         ),
         repeats=1,
     )
+
+
+@MODELS.register("rwkv4")
+def rwkv4(size: Size) -> LanguageModelConfig:
+    """Every layer is a block of its own, since their first weights differ. Norms are LayerNorms."""
+    return layered(size, RWKV4Config, RWKV4ChannelConfig)

@@ -30,8 +30,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from baselines.linear_attention import HeadShape, Positive
-from baselines.rwkv4 import SHIFT_FLOPS, ChannelMixing, ChannelMixingConfig, Layered, shifted
-from rodimus_lab.nn.block import BlockConfig
+from baselines.rwkv4 import SHIFT_FLOPS, ChannelMixing, ChannelMixingConfig, Layered, layered, shifted
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer
 from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.norm import at_least_fp32
@@ -254,16 +253,4 @@ class RWKV6Channel(ChannelMixing):
 @MODELS.register("rwkv6")
 def rwkv6(size: Size) -> LanguageModelConfig:
     """Every layer is a block of its own, since their first weights differ. Norms are LayerNorms. A state of 64 x d."""
-    layers = size.num_layers
-    return LanguageModelConfig(
-        vocab_size=size.vocab_size,
-        d_model=size.d_model,
-        pattern=tuple(
-            BlockConfig(
-                hops=((RWKV6Config(layer=i, layers=layers),), (RWKV6ChannelConfig(layer=i, layers=layers),)),
-                norm="layer",
-            )
-            for i in range(layers)
-        ),
-        repeats=1,
-    )
+    return layered(size, RWKV6Config, RWKV6ChannelConfig)

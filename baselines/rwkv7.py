@@ -30,9 +30,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from baselines.linear_attention import HeadShape
-from baselines.rwkv4 import SHIFT_FLOPS, mixed, shifted
-from rodimus_lab.nn.block import BlockConfig
-from rodimus_lab.nn.mixer import Initializer, State, TokenMixer, TokenMixerConfig
+from baselines.rwkv4 import SHIFT_FLOPS, Layered, layered, mixed, shifted
+from rodimus_lab.nn.mixer import Initializer, State, TokenMixer
 from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.norm import at_least_fp32
 from rodimus_lab.nn.zoo import MODELS, Size
@@ -45,24 +44,14 @@ MIX_POWERS = (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)
 RANKS = {"w": 2.5, "a": 2.5, "g": 5.0}  # Times the root of the width, to a multiple of 32.
 
 
-class _Placed(TokenMixerConfig):
-    """The first weights depend on the place in the model: `layer` of `layers`."""
-
-    layer: Annotated[int, Field(ge=0)] = 0
-    layers: Annotated[int, Field(ge=1)] = 1
-
-    @property
-    def depth(self) -> float:
-        """From 0 at the first layer to 1 at the last."""
-        return self.layer / max(1, self.layers - 1)
-
+class _Fading(Layered):
     @property
     def fading(self) -> float:
         """From 1 at the first layer to nearly 0 at the last."""
         return 1 - self.layer / self.layers
 
 
-class RWKV7Config(_Placed):
+class RWKV7Config(_Fading):
     """Time mixing, in heads of width `head_width` or one as wide as the model where that is narrower."""
 
     kind: ClassVar[str] = "rwkv7"
@@ -93,7 +82,7 @@ class RWKV7Config(_Placed):
         return batch * (d_model + self.shape(d_model).numel) * dtype.itemsize
 
 
-class RWKV7ChannelConfig(_Placed):
+class RWKV7ChannelConfig(_Fading):
     """Channel mixing; F is `expand` * d_model."""
 
     kind: ClassVar[str] = "rwkv7_channel"
@@ -256,16 +245,4 @@ class RWKV7Channel(TokenMixer):
 @MODELS.register("rwkv7")
 def rwkv7(size: Size) -> LanguageModelConfig:
     """Every layer is a block of its own, since their first weights differ. Norms are LayerNorms."""
-    layers = size.num_layers
-    return LanguageModelConfig(
-        vocab_size=size.vocab_size,
-        d_model=size.d_model,
-        pattern=tuple(
-            BlockConfig(
-                hops=((RWKV7Config(layer=i, layers=layers),), (RWKV7ChannelConfig(layer=i, layers=layers),)),
-                norm="layer",
-            )
-            for i in range(layers)
-        ),
-        repeats=1,
-    )
+    return layered(size, RWKV7Config, RWKV7ChannelConfig)

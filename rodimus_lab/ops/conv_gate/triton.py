@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rodimus_lab.ops.fast_math import sigmoid, times_sigmoid
 from rodimus_lab.ops.segments import Segments
-from rodimus_lab.ops.sigmoid import sigmoid, times_sigmoid
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rodimus_lab.ops.sigmoid import sigmoid, times_sigmoid
+from rodimus_lab.ops.fast_math import sigmoid, times_sigmoid
 
 
 @triton.jit
