@@ -7,12 +7,13 @@ so that it is counted and shown, and it goes on from its checkpoint.
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,6 @@ import torch
 
 from rodimus_lab.data import cache_root, data_root
 from rodimus_lab.errors import UserError
-from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import runs_root
 from rodimus_lab.registry import load_plugins
 from rodimus_lab.sweep.board import Board
@@ -57,6 +57,7 @@ def run_on_ray(
         task = ray.remote(_work).options(
             num_cpus=cpus, num_gpus=gpus, max_retries=0, num_returns="streaming", name="rodimus-lab"
         )
+        surroundings = Surroundings.here()
         waiting, live = deque(outcomes), dict[Any, Outcome]()
         stopping = False
         with board, StopSignal() as signals:
@@ -70,8 +71,8 @@ def run_on_ray(
                 while waiting and len(live) < (options.jobs or len(outcomes)):
                     outcome = waiting.popleft()
                     now = outcome.begin(train_options)
-                    handle = task.remote(run, outcome.recipe, now, _environment(), str(Path.cwd()), gpus)
-                    live[handle] = outcome
+                    payload = ray.cloudpickle.dumps((run, outcome.recipe, now))
+                    live[task.remote(surroundings, payload, gpus)] = outcome
                 if not live:
                     break
                 for handle in ray.wait(list(live), num_returns=1, timeout=POLL_SECONDS)[0]:
@@ -87,16 +88,42 @@ def run_on_ray(
         return 128 + signals.received if signals.received else None
 
 
-def _work(
-    run: RunFunction, recipe: Recipe, options: TrainOptions, environment: Mapping[str, str], folder: str, gpus: float
-) -> Iterator[str | Attempt]:
-    """The task: in a worker, at the sweep's places."""
-    os.environ.update(environment)
-    with suppress(OSError):  # A corpus may be a relative path.
-        os.chdir(folder)
+@dataclass(frozen=True)
+class Surroundings:
+    """What a worker is to find as it is here: variables, the folder that relative paths start from, where modules are
+    looked for."""
+
+    environment: dict[str, str]
+    folder: str
+    path: list[str]
+
+    @classmethod
+    def here(cls) -> Surroundings:
+        """Of this process, its places in full."""
+        roots = {
+            "RODIMUS_LAB_DATA": data_root(),
+            "RODIMUS_LAB_CACHE": cache_root(),
+            "RODIMUS_LAB_RESULTS": runs_root(),
+            "RODIMUS_LAB_CHECKPOINTS": checkpoints_root(),
+        }
+        own = {name: value for name, value in os.environ.items() if name.startswith("RODIMUS_LAB_")}
+        places = {name: str(root.absolute()) for name, root in roots.items() if root}
+        return cls(own | places, str(Path.cwd()), [str(Path(entry).absolute()) for entry in sys.path])
+
+    def enter(self) -> None:
+        os.environ.update(self.environment)
+        with suppress(OSError):  # Another machine may not have it.
+            os.chdir(self.folder)
+        sys.path.extend(entry for entry in self.path if entry not in sys.path)
+
+
+def _work(surroundings: Surroundings, payload: bytes, gpus: float) -> Iterator[str | Attempt]:
+    """The task, in a worker: `payload` is the pickled function, recipe and options, opened once modules are found."""
+    surroundings.enter()
+    yield STARTED
+    run, recipe, options = pickle.loads(payload)
     if 0 < gpus < 1 and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(gpus)
-    yield STARTED
     load_plugins()
     yield attempt(run, recipe, options)
 
@@ -107,6 +134,8 @@ def _news(ray: Any, handle: Any) -> str | Attempt:
         return ray.get(next(handle))
     except (ray.exceptions.TaskCancelledError, StopIteration):
         return Attempt("stopped", "it was cancelled; its last checkpoint is kept", exit_code=130)
+    except ray.exceptions.RayTaskError as error:  # Before the run itself, such as a module that is not there.
+        return Attempt("broken", f"{type(error.cause).__name__}: {error.cause}", detail=str(error))
     except ray.exceptions.RayError as error:
         return Attempt("broken", f"its worker was lost ({str(error).splitlines()[0]})")
 
@@ -179,18 +208,6 @@ def _check_room(ray: Any, cpus: int, gpus: float) -> None:
     if not any(machine.get("CPU", 0) >= cpus and machine.get("GPU", 0) >= gpus for machine in machines):
         most = max(machine.get("CPU", 0) for machine in machines)
         raise UserError(f"cpus_per_run is {cpus}, but no machine has more than {most:.0f} CPUs to give; lower it")
-
-
-def _environment() -> dict[str, str]:
-    """The project's variables for the workers, the places in full."""
-    places = {
-        "RODIMUS_LAB_DATA": data_root(),
-        "RODIMUS_LAB_CACHE": cache_root(),
-        "RODIMUS_LAB_RESULTS": runs_root(),
-        "RODIMUS_LAB_CHECKPOINTS": checkpoints_root(),
-    }
-    own = {name: value for name, value in os.environ.items() if name.startswith("RODIMUS_LAB_")}
-    return own | {name: str(path.absolute()) for name, path in places.items() if path}
 
 
 def _absolute(options: TrainOptions) -> TrainOptions:

@@ -13,12 +13,15 @@ from typing import Any
 
 from train_fakes import MemoryLoader, checkpoint_folder, memory_feed, options, tiny_recipe
 
+from rodimus_lab.data import cache_root, data_root
 from rodimus_lab.errors import UserError
 from rodimus_lab.recipe import Recipe
+from rodimus_lab.records import runs_root
 from rodimus_lab.sweep import SweepOptions, sweep
 from rodimus_lab.train import TrainOptions, train
 from rodimus_lab.train.distributed import World
 from rodimus_lab.train.feed import Batch, Feed
+from rodimus_lab.weights import checkpoints_root
 
 FAULTS = {"killed": {"11": "kill"}, "terminated": {"6": "terminate"}}
 
@@ -59,15 +62,26 @@ def attempts(root: Path, recipe: Recipe) -> int:
 
 
 def places(recipe: Recipe, options: TrainOptions) -> dict[str, Any]:
-    """What a worker sees of the machine and of where the project's files are."""
-    from rodimus_lab.data import cache_root, data_root
-    from rodimus_lab.records import runs_root
-    from rodimus_lab.weights import checkpoints_root
+    """What a worker sees of the machine and of where the project's files are.
 
+    Runs of a `pair` wait for one another, so that they end only if both are there at once; one that is `single` must
+    find no other.
+    """
     roots = {root.__name__: str(root()) for root in (cache_root, data_root, runs_root, checkpoints_root)}
-    began = time.time()
-    time.sleep(1)
-    return roots | {"pid": os.getpid(), "cwd": os.getcwd(), "device": options.device, "span": (began, time.time())}
+    mark = checkpoints_root() / f"{recipe.label}.here"
+    mark.touch()
+    others = [path for path in mark.parent.glob(f"{recipe.label[:-1]}?.here") if path != mark]
+    if recipe.label.startswith("single"):
+        if others:
+            raise UserError(f"{others[0].stem} is here too")
+        time.sleep(0.5)
+        mark.unlink()
+    deadline = time.monotonic() + 60
+    while recipe.label.startswith("pair") and len(list(mark.parent.glob("pair?.here"))) < 2:
+        if time.monotonic() > deadline:
+            raise UserError("the other run did not come")
+        time.sleep(0.05)
+    return roots | {"pid": os.getpid(), "cwd": os.getcwd(), "device": options.device}
 
 
 if __name__ == "__main__":
