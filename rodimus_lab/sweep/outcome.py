@@ -80,10 +80,14 @@ class Outcome:
         return outcome
 
     def look(self) -> None:
-        """Note it where the record is there."""
+        """Note it where the record is there. Raises `UserError` for one that cannot be read."""
         if self.run.finished:
+            path = self.run.path / RECORD
+            try:
+                self.record = json.loads(path.read_bytes())
+            except (OSError, ValueError):
+                raise UserError(f"cannot read {path}; restore the file, or delete it and run again") from None
             self.state, self.reason = "finished", ""
-            self.record = json.loads((self.run.path / RECORD).read_bytes())
 
     def begin(self, options: TrainOptions) -> TrainOptions:
         """Count an attempt, and give its options: only the first may start an unfinished run afresh."""

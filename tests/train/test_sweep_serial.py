@@ -57,12 +57,21 @@ def test_finished_runs_are_skipped_and_no_recipe_is_run_twice(tmp_path):
     assert other.attempts == 1
 
 
+def test_a_corrupt_record(tmp_path):
+    (first,) = serially(tmp_path, ["good"])
+    record = run_folder(tmp_path, first.recipe) / "record.json"
+    record.write_text("{")
+    with pytest.raises(UserError, match=r"cannot read .*record\.json; restore the file"):
+        serially(tmp_path, ["good"])
+    assert record.read_text() == "{"
+
+
 def test_no_retries(tmp_path):
     (fragile,) = serially(tmp_path, ["fragile"], SweepOptions(serial=True, retries=0))
     assert (fragile.state, fragile.attempts) == ("failed", 1)
 
 
-def test_a_second_attempt_does_not_start_afresh(tmp_path, monkeypatch):
+def test_a_second_attempt_does_not_start_afresh(tmp_path):
     """`resume=False` is about what an earlier sweep left."""
     asked = []
 
