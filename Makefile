@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LAB := $(BIN)/rodimus-lab
-EXTRAS := data,kernels,train,figures,dev
+EXTRAS := data,kernels,train,figures,sweep,dev
 MODEL ?= rodimus
+MODELS ?= rodimus transformer++
 RUN_FLAGS := $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-gpu lint wikitext103 tables figures zoo bench doctor clean
+.PHONY: help setup test test-gpu lint wikitext103 sweep tables figures zoo bench doctor clean
 
 help: ## list the targets
 	@echo "Targets (options in capitals, such as MODEL=rodimus BUDGET=short CORPUS=enwiki-25k):"
@@ -36,6 +37,9 @@ lint: setup ## ruff and mypy
 
 wikitext103: setup ## train MODEL at Table 1's configuration and rebuild Table 1 [MODEL BUDGET CORPUS STEPS SEED]
 	$(LAB) wikitext103 --model $(MODEL) $(RUN_FLAGS)
+
+sweep: setup ## the same for several MODELS, side by side where there is room [MODELS JOBS BUDGET CORPUS STEPS SEED]
+	$(LAB) wikitext103 $(MODELS:%=--model %) $(if $(JOBS),--jobs $(JOBS)) $(RUN_FLAGS)
 
 tables: setup ## rebuild every table from the run records
 	$(LAB) report

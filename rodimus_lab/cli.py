@@ -8,11 +8,12 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
-from itertools import takewhile
+from itertools import product, takewhile
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -126,6 +127,14 @@ RUN_OPTIONS = (
     ("stop_at_step", int | None, None, "Stop at a step, with a checkpoint."),
     ("max_seconds", float | None, None, "Stop after so many seconds, with a checkpoint."),
 )
+SWEEP_OPTIONS = (
+    ("jobs", int | None, None, "At most so many at once. Default: as many as there is room for."),
+    ("runs_per_gpu", int | None, None, "Runs that share a GPU. Default: 1."),
+    ("cpus_per_run", int | None, None, "Default: the cores divided among the runs; on a cluster 1."),
+    ("retries", int, 2, "Attempts more for a run whose worker was lost or that broke."),
+    ("ray_address", str | None, None, "A Ray cluster, HOST:PORT or auto. Default: this machine."),
+    ("serial", bool, False, "One after another in this process, as without Ray."),
+)
 OPTION_HELP = {
     "budget": "The paper's; a stated fraction of its steps; or minutes on a CPU. "
     "Default: paper with a GPU, smoke without.",
@@ -150,28 +159,54 @@ def _command_of(experiment: Experiment) -> Callable[..., None]:
     own = experiment.options
 
     def command(**values: Any) -> None:
-        options = {name: values.pop(name) for name in own}
-        if "budget" in options:
-            options["budget"], why = choose_budget(options["budget"])
-            console.print(f"budget: {options['budget']} ({why})")
-        run_all(experiment.recipes(**options), values)
+        chosen = {name: _listed(values.pop(name), own[name].default) for name in own}
+        if "budget" in chosen:
+            budget, why = choose_budget(chosen["budget"][0])
+            console.print(f"budget: {budget} ({why})")
+            chosen["budget"] = [budget]
+        combinations = [dict(zip(chosen, each, strict=True)) for each in product(*chosen.values())]
+        failed = run_all([recipe for options in combinations for recipe in experiment.recipes(**options)], values)
         for name in experiment.reports:
             write_report(name, show=False)
+        if failed:
+            raise RunsFailed(failed)
 
     parameters = []
     for name, parameter in own.items():
-        plain = get_args(parameter.annotation)[0] if get_origin(parameter.annotation) is Annotated else None
+        annotation, default = _repeatable(parameter)
         text = f"One of {', '.join(MODELS)}." if name == "model" else OPTION_HELP.get(name)
-        parameters.append(_option(name, plain or parameter.annotation, parameter.default, help=text))
-    command.__doc__ = inspect.getdoc(experiment.function)
+        parameters.append(_option(name, annotation, default, help=text))
+    command.__doc__ = (
+        f"{inspect.getdoc(experiment.function)}\n\n"
+        "--model and the like may be given several times: a run of each value, side by side where there is room."
+    )
     return _with_run_options(command, parameters)
 
 
+def _repeatable(parameter: inspect.Parameter) -> tuple[Any, Any]:
+    """An experiment's option as one that may be given several times, with its default; flags and choices stay."""
+    plain = parameter.annotation
+    if get_origin(plain) is Annotated:
+        plain = get_args(plain)[0]
+    members = [member for member in get_args(plain) if member is not NoneType]
+    kind = members[0] if NoneType in get_args(plain) and len(members) == 1 else plain
+    if kind not in (str, int, float):
+        return plain, parameter.default
+    return list[kind] | None, None if parameter.default is None else [parameter.default]  # type: ignore[valid-type]
+
+
+def _listed(value: Any, default: Any) -> list[Any]:
+    if isinstance(value, list) and not isinstance(default, list | tuple):
+        return value or [default]
+    return [default if value is None else value]
+
+
 def _with_run_options(command: Callable[..., None], own: Sequence[inspect.Parameter]) -> Callable[..., None]:
-    """`command` with the parameters `own` and `RUN_OPTIONS`, as typer reads them."""
+    """`command` with the parameters `own`, `RUN_OPTIONS` and `SWEEP_OPTIONS`, as typer reads them."""
     running = [
-        _option(name, annotation, default, help=text, rich_help_panel="Running")
-        for name, annotation, default, text in RUN_OPTIONS
+        _option(name, annotation, default, help=text, rich_help_panel=panel)
+        for panel, options in (("Running", RUN_OPTIONS), ("Several runs", SWEEP_OPTIONS))
+        for name, annotation, default, text in options
     ]
     signature = inspect.Signature([*own, *running])
     command.__signature__ = signature  # type: ignore[attr-defined]
@@ -184,22 +219,44 @@ def _option(name: str, annotation: Any, default: Any, **facts: Any) -> inspect.P
     return inspect.Parameter(name, keyword, default=default, annotation=Annotated[annotation, typer.Option(**facts)])
 
 
-def run_all(recipes: Sequence[Recipe], options: dict[str, Any]) -> None:
-    """Train each recipe (finished ones are skipped) and print what came of it. `options` are `TrainOptions`'."""
-    from rodimus_lab.train import TrainOptions, train  # Slow to import, and few commands train.
+class RunsFailed(UserError):
+    """Runs of several failed; the message says which and why."""
 
+    exit_code = 1
+
+
+def run_all(recipes: Sequence[Recipe], options: dict[str, Any]) -> str | None:
+    """Run the recipes (finished ones are skipped) and print what came of each. Several go to the sweep's engine.
+
+    `options` are `TrainOptions`' and `SweepOptions`'. Gives the sweep's failures in words.
+    """
+    from rodimus_lab.sweep import SweepOptions, failures, sweep  # Slow to import, and few commands train.
+    from rodimus_lab.train import TrainOptions, train
+
+    spread = SweepOptions(**{name: options[name] for name, *_ in SWEEP_OPTIONS})
+    training = TrainOptions(**{name: options[name] for name, *_ in RUN_OPTIONS})
+    asked = (spread.jobs, spread.runs_per_gpu, spread.cpus_per_run, spread.ray_address)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if any(asked) or (len(recipes) > 1 and ranks == 1):
+        outcomes = sweep(recipes, spread, training, console=console)
+        for outcome in outcomes:
+            if outcome.record:
+                _print_result(outcome.recipe, outcome.record)
+        return failures(outcomes)
     for recipe in recipes:
-        record = train(recipe, TrainOptions(**options))
-        metrics = record["metrics"]
-        shown = [
-            f"{name.replace('_', ' ')} {metrics[name]:.2f}" for name in ("test_ppl", "valid_ppl") if metrics.get(name)
-        ]
-        if metrics.get("tokens_per_second"):
-            shown.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
-        console.print(
-            f"{recipe.id}: {', '.join(shown)} (corpus {recipe.data.corpus}, "
-            f"{describe_budget(recipe.budget.to_dict())}, {record['device']})",
-        )
+        _print_result(recipe, train(recipe, training))
+    return None
+
+
+def _print_result(recipe: Recipe, record: Mapping[str, Any]) -> None:
+    metrics = record["metrics"]
+    shown = [f"{name.replace('_', ' ')} {metrics[name]:.2f}" for name in ("test_ppl", "valid_ppl") if metrics.get(name)]
+    if metrics.get("tokens_per_second"):
+        shown.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+    console.print(
+        f"{recipe.id}: {', '.join(shown)} (corpus {recipe.data.corpus}, "
+        f"{describe_budget(recipe.budget.to_dict())}, {record['device']})",
+    )
 
 
 def write_report(name: str, *, show: bool) -> None:
@@ -219,15 +276,16 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
 
 
-def _train(recipe: Path, **options: Any) -> None:
-    """Train the recipe in a file, such as a finished run's recipe.json."""
-    run_all([Recipe.read(recipe)], options)
+def _train(recipes: list[Path], **options: Any) -> None:
+    """Train the recipes in files, such as finished runs' recipe.json."""
+    if failed := run_all([Recipe.read(path) for path in recipes], options):
+        raise RunsFailed(failed)
 
 
 _argument = inspect.Parameter(
-    "recipe",
+    "recipes",
     inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    annotation=Annotated[Path, typer.Argument(help="A recipe.json.", show_default=False)],
+    annotation=Annotated[list[Path], typer.Argument(help="A recipe.json, or several.", show_default=False)],
 )
 app.command("train", rich_help_panel="Experiments")(_with_run_options(_train, [_argument]))
 

@@ -38,6 +38,9 @@ def examine() -> list[Fact]:
         )
     if not torch.cuda.is_available():
         facts.append(Fact("device", "cuda", "none; models train and run on the CPU"))
+    ray = env["packages"].get("ray")
+    without = "none, so several runs go one after another; pip install -e '.[sweep]' for Ray"
+    facts.append(Fact("sweep", "engine", f"Ray {ray}" if ray else without))
     places = {
         "data": data_root(),
         "token shards": cache_root(),

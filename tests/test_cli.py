@@ -183,6 +183,35 @@ def test_a_session_ends_as_asked_and_goes_on(cli, smoke_run, texts):
     assert "resumed at step 2" in resumed.out
 
 
+def test_an_option_given_twice_makes_two_runs(cli, places, texts):
+    command = ("wikitext103", "--budget", "smoke", "--device", "cpu", "--steps", 2, "--corpus", texts, "--serial")
+    first = cli(*command, "--seed", 3, "--seed", 4)
+    assert first.code == 0, first.err
+    records = load_records(places / "runs")
+    assert {record.recipe["seed"] for record in records} == {3, 4}
+    for record in records:
+        assert f"{record.id}: test ppl {record.metrics['test_ppl']:.2f}" in first.out
+        assert f"{record.id}  running (attempt 1)" in first.out
+    assert "table1.md" in first.out
+    again = cli(*command, "--seed", 3, "--seed", 4)
+    assert again.code == 0
+    assert "running" not in again.out
+    assert load_records(places / "runs") == records
+
+
+def test_a_run_that_fails_beside_a_good_one(cli, smoke_run, places, texts):
+    good = tiny_recipe(smoke_run, texts)
+    values = json.loads(good.read_text())
+    bad = places / "bad.json"
+    bad.write_text(json.dumps(values | {"data": values["data"] | {"corpus": "no/such/folder"}}))
+    result = cli("train", bad, good, "--device", "cpu", "--serial")
+    assert result.code == 1
+    count, failed = result.err.splitlines()[-2:]
+    assert count == "1 of 2 runs failed:"
+    assert re.fullmatch(r"  rodimus-\w{8}: there is no corpus at 'no/such/folder'; give a file, .*", failed)
+    assert len(load_records(places / "runs")) == 2, "the smoke run and the good one"
+
+
 def test_the_executable(places):
     """Through a process of its own: an answer, its exit code, and nothing else said."""
     done = process("params", "rodimus", "--json")

@@ -70,6 +70,14 @@ def refused(result, *names):
         ([*SMOKE, "--stop-at-step", "-1"], ["stop_at_step", "at least 1"]),
         ([*SMOKE, "--max-seconds", "soon"], ["--max-seconds", "number"]),
         (["wikitext103", "--device", "tpu"], ["--device", "'tpu'", "'cpu', 'cuda'"]),
+        (["wikitext103", "--model", "rodimus", "--model", "bert"], ["no model named 'bert'"]),
+        (["wikitext103", "--jobs", "0"], ["jobs is 0", "at least 1"]),
+        (["wikitext103", "--jobs", "many"], ["--jobs", "integer"]),
+        (["wikitext103", "--runs-per-gpu", "-2"], ["runs_per_gpu is -2", "at least 1"]),
+        (["wikitext103", "--cpus-per-run", "0"], ["cpus_per_run is 0", "at least 1"]),
+        (["wikitext103", "--retries", "-1"], ["retries is -1", "at least 0"]),
+        (["wikitext103", "--serial", "--jobs", "2"], ["leave out serial or jobs"]),
+        (["wikitext103", "--ray-adress", "auto"], ["--ray-adress", "--ray-address"]),
         (["train", "no/such/recipe.json"], ["no/such/recipe.json", "No such file", "give a run's recipe.json"]),
         (["train", "."], ["cannot read .", "directory"]),
     ],
@@ -279,6 +287,7 @@ def test_a_full_disk_in_reporting(cli, smoke_run):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_no_gpu(cli, places):
     refused(cli(*SMOKE, "--device", "cuda"), "no CUDA device is visible", "choose the device cpu")
+    refused(cli(*SMOKE, "--runs-per-gpu", 2), "no CUDA device is visible")
 
 
 def test_no_network(places):

@@ -10,6 +10,7 @@ import torch
 
 from rodimus_lab.doctor import Fact, examine
 from rodimus_lab.ops.backend import OPERATORS, choose
+from rodimus_lab.records import environment
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,14 @@ def test_places_follow_the_environment(monkeypatch, tmp_path):
     assert {name: places[name] for name in variables} == {name: str(tmp_path / name) for name in variables}
     monkeypatch.delenv("RODIMUS_LAB_DATA")
     assert values(examine(), "place")["data"] == "not set ($RODIMUS_LAB_DATA)"
+
+
+@pytest.mark.parametrize("version", ["2.60.0", None])
+def test_the_engine_of_sweeps(monkeypatch, version):
+    packages = {"ray": version} if version else {}
+    monkeypatch.setattr("rodimus_lab.doctor.environment", lambda: environment() | {"packages": packages})
+    engine = values(examine(), "sweep")["engine"]
+    assert engine == "Ray 2.60.0" if version else engine.startswith("none, so several runs go one after another; pip")
 
 
 def test_every_operator_has_one_backend_chosen_and_the_others_explained(facts):
