@@ -134,6 +134,12 @@ OPTION_HELP = {
     "steps": "Train this many steps, warm-up and evaluations in proportion.",
     "dropout": "From 0 up to, but not with, 1.",
     "seed": "Of the weights and of the order of the data.",
+    "figure": "The figure whose runs these are.",
+    "length": "Tokens of an example. Default: every length of the figure.",
+    "width": "The model's width d. Default: every width of the figure.",
+    "expansion": "The state expansion n. Default: every one of the figure.",
+    "lr": "The peak learning rate. Default: every one of the figure.",
+    "precision": "Of matrix products.",
 }
 
 
@@ -154,7 +160,11 @@ def _command_of(experiment: Experiment) -> Callable[..., None]:
         if "budget" in options:
             options["budget"], why = choose_budget(options["budget"])
             console.print(f"budget: {options['budget']} ({why})")
-        run_all(experiment.recipes(**options), values)
+        recipes = experiment.recipes(**options)
+        if experiment.run is None:
+            run_all(recipes, values)
+        else:
+            experiment.run(recipes, lambda chosen: run_all(chosen, values))
         for name in experiment.reports:
             write_report(name, show=False)
 
@@ -194,6 +204,8 @@ def run_all(recipes: Sequence[Recipe], options: dict[str, Any]) -> None:
         shown = [
             f"{name.replace('_', ' ')} {metrics[name]:.2f}" for name in ("test_ppl", "valid_ppl") if metrics.get(name)
         ]
+        if metrics.get("test_accuracy") is not None:
+            shown.append(f"test accuracy {metrics['test_accuracy']:.2%}")
         if metrics.get("tokens_per_second"):
             shown.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
         console.print(
