@@ -6,10 +6,11 @@ LAB := $(BIN)/rodimus-lab
 EXTRAS := data,kernels,train,figures,sweep,dev
 MODEL ?= rodimus
 MODELS ?= rodimus transformer++
+MQAR_FLAGS := $(if $(filter-out file,$(origin MODEL)),--model $(MODEL)) $(if $(FIGURE),--figure $(FIGURE)) $(if $(LENGTH),--length $(LENGTH)) $(if $(WIDTH),--width $(WIDTH)) $(if $(LR),--lr $(LR)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(SEED),--seed $(SEED))
 RUN_FLAGS := $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-gpu lint wikitext103 sweep tables figures zoo bench doctor clean
+.PHONY: help setup test test-gpu lint wikitext103 mqar sweep tables figures zoo bench doctor clean
 
 help: ## list the targets
 	@echo "Targets (options in capitals, such as MODEL=rodimus BUDGET=short CORPUS=enwiki-25k):"
@@ -40,6 +41,9 @@ wikitext103: setup ## train MODEL at Table 1's configuration and rebuild Table 1
 
 sweep: setup ## the same for several MODELS, side by side where there is room [MODELS JOBS BUDGET CORPUS STEPS SEED]
 	$(LAB) wikitext103 $(MODELS:%=--model %) $(if $(JOBS),--jobs $(JOBS)) $(RUN_FLAGS)
+
+mqar: setup ## train on associative recall, all of FIGURE (6 or 1b) or a part, and rebuild its tables [FIGURE MODEL LENGTH WIDTH LR BUDGET SEED]
+	$(LAB) mqar $(MQAR_FLAGS)
 
 tables: setup ## rebuild every table from the run records
 	$(LAB) report

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from itertools import product, takewhile
@@ -23,12 +23,12 @@ from rodimus_lab.bench import app as bench_app
 from rodimus_lab.config import did_you_mean
 from rodimus_lab.data import Tokenizer, describe, list_corpora, load_tokenizer, padded_vocab_size, prepare
 from rodimus_lab.doctor import examine
-from rodimus_lab.errors import UserError
+from rodimus_lab.errors import RunsFailed, UserError
 from rodimus_lab.experiment import EXPERIMENTS, REPORTS, Experiment, choose_budget
 from rodimus_lab.generate import Sampling, stream, stream_text
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config
 from rodimus_lab.recipe import Recipe
-from rodimus_lab.records import PROJECT_ROOT, describe_budget, load_records, load_unfinished, tables_root
+from rodimus_lab.records import PROJECT_ROOT, load_records, load_unfinished, tables_root
 from rodimus_lab.registry import load_plugins
 from rodimus_lab.report import PaperResults, runs_json, runs_table, to_markdown, write
 from rodimus_lab.weights import load_model
@@ -143,6 +143,12 @@ OPTION_HELP = {
     "steps": "Train this many steps, warm-up and evaluations in proportion.",
     "dropout": "From 0 up to, but not with, 1.",
     "seed": "Of the weights and of the order of the data.",
+    "figure": "The figure whose runs these are.",
+    "length": "Tokens of an example. Default: every length of the figure.",
+    "width": "The model's width d. Default: every width of the figure.",
+    "expansion": "The state expansion n. Default: every one of the figure.",
+    "lr": "The peak learning rate. Default: every one of the figure.",
+    "precision": "Of matrix products.",
 }
 
 
@@ -165,10 +171,12 @@ def _command_of(experiment: Experiment) -> Callable[..., None]:
             console.print(f"budget: {budget} ({why})")
             chosen["budget"] = [budget]
         combinations = [dict(zip(chosen, each, strict=True)) for each in product(*chosen.values())]
-        failed = run_all([recipe for options in combinations for recipe in experiment.recipes(**options)], values)
+        recipes = [recipe for options in combinations for recipe in experiment.recipes(**options)]
+        failures: list[str | None] = []
+        experiment.run(recipes, lambda some: failures.append(run_all(some, values)))
         for name in experiment.reports:
             write_report(name, show=False)
-        if failed:
+        if failed := "\n".join(filter(None, failures)):
             raise RunsFailed(failed)
 
     parameters = []
@@ -219,44 +227,14 @@ def _option(name: str, annotation: Any, default: Any, **facts: Any) -> inspect.P
     return inspect.Parameter(name, keyword, default=default, annotation=Annotated[annotation, typer.Option(**facts)])
 
 
-class RunsFailed(UserError):
-    """Runs of several failed; the message says which and why."""
-
-    exit_code = 1
-
-
 def run_all(recipes: Sequence[Recipe], options: dict[str, Any]) -> str | None:
-    """Run the recipes (finished ones are skipped) and print what came of each. Several go to the sweep's engine.
+    """See `sweep/campaign.py`; `options` are `TrainOptions`' and `SweepOptions`'."""
+    from rodimus_lab import sweep, train  # Slow to import, and few commands train.
+    from rodimus_lab.sweep import campaign
 
-    `options` are `TrainOptions`' and `SweepOptions`'. Gives the sweep's failures in words.
-    """
-    from rodimus_lab.sweep import SweepOptions, failures, sweep  # Slow to import, and few commands train.
-    from rodimus_lab.train import TrainOptions, train
-
-    spread = SweepOptions(**{name: options[name] for name, *_ in SWEEP_OPTIONS})
-    training = TrainOptions(**{name: options[name] for name, *_ in RUN_OPTIONS})
-    asked = (spread.jobs, spread.runs_per_gpu, spread.cpus_per_run, spread.ray_address)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if any(asked) or (len(recipes) > 1 and ranks == 1):
-        outcomes = sweep(recipes, spread, training, console=console)
-        for outcome in outcomes:
-            if outcome.record:
-                _print_result(outcome.recipe, outcome.record)
-        return failures(outcomes)
-    for recipe in recipes:
-        _print_result(recipe, train(recipe, training))
-    return None
-
-
-def _print_result(recipe: Recipe, record: Mapping[str, Any]) -> None:
-    metrics = record["metrics"]
-    shown = [f"{name.replace('_', ' ')} {metrics[name]:.2f}" for name in ("test_ppl", "valid_ppl") if metrics.get(name)]
-    if metrics.get("tokens_per_second"):
-        shown.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
-    console.print(
-        f"{recipe.id}: {', '.join(shown)} (corpus {recipe.data.corpus}, "
-        f"{describe_budget(recipe.budget.to_dict())}, {record['device']})",
-    )
+    training = train.TrainOptions(**{name: options[name] for name, *_ in RUN_OPTIONS})
+    spread = sweep.SweepOptions(**{name: options[name] for name, *_ in SWEEP_OPTIONS})
+    return campaign.run_all(recipes, training, spread, console)
 
 
 def write_report(name: str, *, show: bool) -> None:

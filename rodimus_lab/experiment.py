@@ -23,17 +23,31 @@ from rodimus_lab.report import PaperResults, Table
 
 BudgetName = Literal["paper", "short", "smoke"]
 MakeRecipes = Callable[..., Sequence[Recipe]]
+TrainAll = Callable[[Sequence[Recipe]], None]
+RunAll = Callable[[Sequence[Recipe], TrainAll], None]
+
+
+def at_once(recipes: Sequence[Recipe], train_all: TrainAll) -> None:
+    """Train all the recipes: what an experiment does that does not choose by its first results what comes next."""
+    train_all(recipes)
+
+
 MakeTable = Callable[[Sequence[Record], PaperResults], Table]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """`function` takes the options and gives the recipes; `reports` are the names of the tables that they feed."""
+    """`function` takes the options and gives the recipes; `reports` are the names of the tables that they feed.
+
+    `run(recipes, train_all)` runs them where there is more to it than `train_all(recipes)`, such as runs that depend on
+    what came of others.
+    """
 
     name: str
     function: MakeRecipes
     reports: tuple[str, ...]
+    run: RunAll = at_once
 
     @property
     def options(self) -> Mapping[str, inspect.Parameter]:
@@ -64,11 +78,11 @@ EXPERIMENTS: Registry[Experiment] = Registry("experiment")
 REPORTS: Registry[Report] = Registry("report")
 
 
-def experiment(name: str, *, reports: Sequence[str] = ()) -> Callable[[F], F]:
+def experiment(name: str, *, reports: Sequence[str] = (), run: RunAll = at_once) -> Callable[[F], F]:
     """Register a function from options to recipes."""
 
     def enter(function: F) -> F:
-        EXPERIMENTS.register(name)(Experiment(name, function, tuple(reports)))
+        EXPERIMENTS.register(name)(Experiment(name, function, tuple(reports), run))
         return function
 
     return enter

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from rodimus_lab.config import Config, ConfigError
+from rodimus_lab.data.mqar import MqarConfig
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModelConfig
 
@@ -25,6 +27,17 @@ class DataConfig(Config):
     seq_len: Positive
 
 
+def _sort_of_data(value: Any) -> str:
+    """Text, unless a `task` is named."""
+    named = value.get("task") if isinstance(value, Mapping) else getattr(value, "task", None)
+    return "text" if named is None else str(named)
+
+
+AnyData = Annotated[
+    Annotated[DataConfig, Tag("text")] | Annotated[MqarConfig, Tag("mqar")], Discriminator(_sort_of_data)
+]
+
+
 class OptimizerConfig(Config):
     """AdamW. Weight decay spares biases, norms and whatever a module declares (see `train/optimizer.py`)."""
 
@@ -37,9 +50,12 @@ class OptimizerConfig(Config):
 
 
 class ScheduleConfig(Config):
-    """Learning rate over the steps: linear warm-up to the peak, then `kind` down to `min_lr` at the last step."""
+    """Learning rate over the steps: linear warm-up to the peak, then `kind` down to `min_lr` at the last step.
 
-    kind: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
+    cosine_by_epoch is a cosine that moves only after an evaluation: with one an epoch, PyTorch's CosineAnnealingLR.
+    """
+
+    kind: Literal["cosine", "cosine_by_epoch", "linear", "constant", "inverse_sqrt"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 2000
     min_lr: Annotated[float, Field(ge=0)] = 1e-5
 
@@ -69,7 +85,7 @@ class Recipe(Config):
     experiment: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     label: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     model: LanguageModelConfig
-    data: DataConfig
+    data: AnyData
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     budget: BudgetConfig

@@ -12,8 +12,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from rodimus_lab.nn.model import IGNORE, LanguageModel
+from rodimus_lab.nn.model import IGNORE, LanguageModel, at_positions
 from rodimus_lab.ops.segments import Segments
 
 Precision = Literal["fp32", "bf16"]
@@ -54,7 +55,7 @@ def token_log_likelihoods(model: LanguageModel, ids_BT: Tensor, segments: Segmen
 
 
 def negative_log_likelihood(
-    model: LanguageModel, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+    model: LanguageModel, batches: Iterable[tuple[Tensor, ...]], device: torch.device
 ) -> Tensor:
     """The float64 pair (nats, tokens counted) over batches of (inputs_BT, targets_BT; -100: not counted)."""
     total = torch.zeros(2, dtype=torch.float64, device=device)
@@ -65,6 +66,21 @@ def negative_log_likelihood(
             loss_BT = model.loss(inputs_BT, targets_BT, reduction="none")
             total[0] += loss_BT.double().sum()
             total[1] += (targets_BT != IGNORE).sum()
+    return total
+
+
+def recall(model: LanguageModel, batches: Iterable[tuple[Tensor, ...]], device: torch.device) -> Tensor:
+    """The float64 triple (nats, answers counted, answers right) over batches of (inputs_BT, answers_BP; -100: not
+    counted, positions_BP). Right is an answer that is the likeliest token at its position."""
+    total = torch.zeros(3, dtype=torch.float64, device=device)
+    with scoring(model):
+        for batch in batches:
+            inputs_BT, answers_BP, positions_BP = (tensor.to(device, non_blocking=True) for tensor in batch)
+            x_BTD, _ = model.hidden(inputs_BT)
+            logits_BPV = model.logits(at_positions(x_BTD, positions_BP))
+            total[0] += cross_entropy(logits_BPV.transpose(1, 2), answers_BP, ignore_index=IGNORE, reduction="sum")
+            total[1] += (answers_BP != IGNORE).sum()
+            total[2] += (logits_BPV.argmax(-1) == answers_BP).sum()
     return total
 
 

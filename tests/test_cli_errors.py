@@ -69,6 +69,14 @@ def refused(result, *names):
         ([*SMOKE, "--checkpoint-every", "0"], ["checkpoint_every", "at least 1"]),
         ([*SMOKE, "--stop-at-step", "-1"], ["stop_at_step", "at least 1"]),
         ([*SMOKE, "--max-seconds", "soon"], ["--max-seconds", "number"]),
+        (["mqar", "--figure", "7"], ["--figure", "'7'", "'6', '1b'"]),
+        (["mqar", "--budget", "paper", "--length", "64"], ["--length", "64", "128, 256, 512"]),
+        (["mqar", "--budget", "paper", "--width", "65"], ["--width", "65", "64, 128, 256, 512"]),
+        (["mqar", "--budget", "paper", "--expansion", "64"], ["--expansion", "--figure 1b"]),
+        (["mqar", "--figure", "1b", "--budget", "paper", "--model", "rwkv4"], ["rwkv4", "rodimus+"]),
+        (["mqar", "--budget", "smoke", "--model", "bert"], ["no model named 'bert'"]),
+        (["mqar", "--lr", "0"], ["--lr", "greater than 0"]),
+        (["mqar", "--lr", "fast"], ["--lr", "number"]),
         (["wikitext103", "--device", "tpu"], ["--device", "'tpu'", "'cpu', 'cuda'"]),
         (["wikitext103", "--model", "rodimus", "--model", "bert"], ["no model named 'bert'"]),
         (["wikitext103", "--jobs", "0"], ["jobs is 0", "at least 1"]),
@@ -81,7 +89,9 @@ def refused(result, *names):
         (["train", "no/such/recipe.json"], ["no/such/recipe.json", "No such file", "give a run's recipe.json"]),
         (["train", "."], ["cannot read .", "directory"]),
     ],
-    ids=lambda value: " ".join(map(str, value)) if value and value[0] in ("train", "params", "wikitext103") else "",
+    ids=lambda value: (
+        " ".join(map(str, value)) if value and value[0] in ("train", "params", "wikitext103", "mqar") else ""
+    ),
 )
 def test_bad_arguments(cli, places, arguments, names):
     before = files(places)

@@ -56,7 +56,7 @@ class RandomTokens:
     """A loader that gives the same random batch again and again."""
 
     def __init__(self, vocab_size: int, batch_size: int, seq_len: int):
-        self._batch: Batch = tuple(torch.randint(vocab_size, (batch_size, seq_len)) for _ in range(2))  # type: ignore[assignment]
+        self._batch: Batch = tuple(torch.randint(vocab_size, (batch_size, seq_len)) for _ in range(2))
 
     def __next__(self) -> Batch:
         return self._batch

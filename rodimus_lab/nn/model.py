@@ -199,13 +199,22 @@ class LanguageModel(nn.Module):
         targets_BT: Tensor,
         segments: Segments | None = None,
         *,
+        positions_BP: Tensor | None = None,
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> Tensor:
         """Cross entropy in nats of `targets_BT` (-100: not counted); the logits are never all in memory.
 
-        `reduction="none"` gives loss_BT, 0 where not counted.
+        `reduction="none"` gives loss_BT, 0 where not counted. With `positions_BP` only these places reach the head, and
+        the targets and the loss are theirs, BP instead of BT.
         """
         x_BTD, _ = self.hidden(ids_BT, segments=segments)
+        if positions_BP is not None:
+            x_BTD = at_positions(x_BTD, positions_BP)
         return cross_entropy(
             x_BTD, self.head_weight_VD, targets_BT, bias_V=self.head_bias, ignore_index=IGNORE, reduction=reduction
         )
+
+
+def at_positions(x_BTD: Tensor, positions_BP: Tensor) -> Tensor:
+    """x_BPD: of each row the places in `positions_BP` (int64)."""
+    return x_BTD.gather(1, positions_BP.unsqueeze(-1).expand(-1, -1, x_BTD.shape[-1]))

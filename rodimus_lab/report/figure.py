@@ -11,7 +11,8 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from textwrap import fill
+from typing import Any, Literal, TypeAlias
 from zlib import crc32
 
 from rodimus_lab.errors import UserError
@@ -48,22 +49,41 @@ LABEL_GAP = 0.042  # between the names at the right, as a part of the height
 
 @dataclass(frozen=True)
 class Line:
-    """The points of one model."""
+    """The points of one model. `sources` say point by point where each is from; `quoted` ones are the paper's, drawn
+    pale and behind ours."""
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
+    sources: Sequence[str] = ()
+    quoted: bool = False
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Lines over logarithmic axes, x in powers of two. `unit` is that of y."""
+    """Lines over x in powers of two; `unit` is that of y, which goes up in powers or, a share, from 0 to 1.
+
+    `missing` are points that are not there: (name, x).
+    """
 
     title: str
     x_label: str
     y_label: str
     unit: str
     lines: Sequence[Line]
+    y_scale: Literal["log", "share"] = "log"
+    missing: Sequence[tuple[str, float]] = ()
+
+    @property
+    def note(self) -> str:
+        """What has to be known beside the lines: which are quoted, and what was not run."""
+        parts = ["dashed and pale: the paper's"] if any(line.quoted for line in self.lines) else []
+        absent: dict[str, list[str]] = {}
+        for name, x in self.missing:
+            absent.setdefault(name, []).append(f"{x:g}")
+        whole = {name for name in absent if name not in {line.name for line in self.lines if not line.quoted}}
+        told = [name if name in whole else f"{name} at {', '.join(xs)}" for name, xs in absent.items()]
+        return "; ".join(parts + ([f"not run: {', '.join(told)}"] if told else []))
 
 
 MakeFigure: TypeAlias = Callable[[Sequence[Record], PaperResults], Figure]
@@ -89,10 +109,18 @@ def write_figure(figure: Figure, out_dir: Path | str, name: str) -> list[Path]:
 
 
 def figure_csv(figure: Figure) -> str:
-    """A row for every point."""
+    """A row for every point, with its source where the figure gives any; one that is missing has no y."""
     text = io.StringIO()
-    rows = ((line.name, x, y) for line in figure.lines for x, y in zip(line.xs, line.ys, strict=True))
-    csv.writer(text, lineterminator="\n").writerows([("name", figure.x_label, figure.y_label), *rows])
+    header: tuple[str, ...] = ("name", figure.x_label, figure.y_label)
+    rows: list[tuple[Any, ...]] = [
+        (line.name, x, y) for line in figure.lines for x, y in zip(line.xs, line.ys, strict=True)
+    ]
+    if figure.missing or any(line.sources for line in figure.lines):
+        header += ("source",)
+        sources = [source for line in figure.lines for source in line.sources or [""] * len(line.xs)]
+        rows = [(*row, source) for row, source in zip(rows, sources, strict=True)]
+        rows += [(name, x, "", "not run") for name, x in figure.missing]
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue()
 
 
@@ -101,21 +129,33 @@ def draw(figure: Figure, salt: str) -> dict[str, bytes]:
     try:
         from matplotlib import style
         from matplotlib.figure import Figure as Canvas
-        from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator
+        from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator, PercentFormatter
     except ImportError:
         raise UserError("figures need matplotlib; install it with: pip install -e '.[figures]'") from None
     files = {}
     with style.context(["default", HOUSE | {"svg.hashsalt": salt}]):
         canvas = Canvas(figsize=(7.5, 5.0), layout="constrained")
-        axes = canvas.add_subplot(xscale="log", yscale="log", title=figure.title)
+        axes = canvas.add_subplot(
+            xscale="log", yscale="log" if figure.y_scale == "log" else "linear", title=figure.title
+        )
         axes.set(xlabel=figure.x_label, ylabel=figure.y_label)
         for line in figure.lines:
-            axes.plot(line.xs, line.ys, **style_of(line.name), clip_on=False)
-        axes.xaxis.set_major_locator(FixedLocator(sorted({x for line in figure.lines for x in line.xs})))
+            pale: dict[str, Any] = {"alpha": 0.4, "linestyle": "--", "zorder": 1.9} if line.quoted else {}
+            axes.plot(line.xs, line.ys, **style_of(line.name), **pale, clip_on=False)
+        xs = {x for line in figure.lines for x in line.xs} | {x for _, x in figure.missing}
+        axes.set_xlim(*((min(xs), max(xs)) if figure.missing else (None, None)))
+        axes.xaxis.set_major_locator(FixedLocator(sorted(xs)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(EngFormatter(figure.unit))
-        _name_lines(axes, figure.lines)
+        if figure.y_scale == "share":
+            axes.set_ylim(0, 1)
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        else:
+            axes.yaxis.set_major_formatter(EngFormatter(figure.unit))
+        ours = {line.name for line in figure.lines if not line.quoted}
+        _name_lines(axes, [line for line in figure.lines if not line.quoted or line.name not in ours])
+        if figure.note:
+            canvas.supxlabel(fill(figure.note, 110), fontsize="small", x=0.02, ha="left")
         for suffix, metadata in {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}.items():
             file = io.BytesIO()
             canvas.savefig(file, format=suffix, metadata=metadata)
@@ -134,13 +174,16 @@ def _name_lines(axes: Any, lines: Sequence[Line]) -> None:
     """Write each line's name at the right, in its colour and near its end."""
     axes.autoscale_view()  # The limits are otherwise found only when it is drawn.
     to_height = (axes.transData + axes.transAxes.inverted()).transform
-    ends = sorted((((line.xs[-1], line.ys[-1]), line.name) for line in lines), key=lambda end: (end[0][1], end[1]))
-    heights = spread([to_height(point)[1] for point, _ in ends], LABEL_GAP)
-    for (point, name), height in zip(ends, heights, strict=True):
+    ends = sorted(
+        (((line.xs[-1], line.ys[-1]), line.name, " (paper)" * line.quoted) for line in lines),
+        key=lambda end: (end[0][1], end[1]),
+    )
+    heights = spread([to_height(point)[1] for point, *_ in ends], LABEL_GAP)
+    for (point, name, whose), height in zip(ends, heights, strict=True):
         colour = style_of(name)["color"]
         leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)}
         axes.annotate(
-            name,
+            name + whose,
             point,
             (1.07, height),
             textcoords="axes fraction",

@@ -1,4 +1,5 @@
-"""A micro-batch's forward and backward pass as a CUDA graph, so that the host's time for launching it is spent once.
+"""A micro-batch's forward and backward pass, or a whole step, as a CUDA graph, so that the host's time for launching
+it is spent once.
 
 Shapes: B rows of a micro-batch, T time.
 """
@@ -10,11 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-Accumulate = Callable[[Tensor, Tensor, Tensor], Tensor]
+Accumulate = Callable[..., Tensor]
 
 
 class CapturedMicroBatch:
-    """`accumulate(inputs_BT, targets_BT, scale)`, which adds to the parameters' gradients and returns a loss, captured.
+    """`accumulate(*micro_batch, scale)`, which adds to the parameters' gradients and returns a loss, captured.
 
     Two graphs over one pool of memory: the first micro-batch of a step writes the gradients, the others add to them.
     The gradients are tensors of the graphs and must not be replaced. What is captured has to have run before.
@@ -24,13 +25,10 @@ class CapturedMicroBatch:
         self,
         accumulate: Accumulate,
         parameters: Sequence[nn.Parameter],
-        inputs_BT: Tensor,
-        targets_BT: Tensor,
-        scale: Tensor,
-        *,
+        *given: Tensor,
         several: bool,
     ):
-        self._given = tuple(x.clone() for x in (inputs_BT, targets_BT, scale))
+        self._given = tuple(x.clone() for x in given)
         for parameter in parameters:
             parameter.grad = None
         self._graphs: list[torch.cuda.CUDAGraph] = []
@@ -48,3 +46,23 @@ class CapturedMicroBatch:
         which = min(index, 1)
         self._graphs[which].replay()
         return self._losses[which]
+
+
+class CapturedStep:
+    """`step(*given)`, which makes gradients, updates the weights and returns tensors, as one graph.
+
+    It must find the parameters without gradients and make them itself. Capturing it does nothing yet.
+    """
+
+    def __init__(self, step: Callable[..., tuple[Tensor, ...]], *given: Tensor):
+        self._given = tuple(x.clone() for x in given)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._results = step(*self._given)
+
+    def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """What the step returns, valid until the next call."""
+        for mine, new in zip(self._given, given, strict=True):
+            mine.copy_(new, non_blocking=True)
+        self._graph.replay()
+        return self._results

@@ -1,6 +1,7 @@
 """What the trainer asks of data, and nothing more of it.
 
-Shapes: B batch, T time. Every batch is the int64 pair (inputs_BT, targets_BT; -100: not counted).
+Shapes: B batch, T time, P questions. Every batch is int64: (inputs_BT, targets_BT; -100: not counted), or
+(inputs_BT, answers_BP; -100: not counted, positions_BP) where only some places of a row are asked.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rodimus_lab.data import BlockLoader, TokenBlocks, eval_batches, prepare
+from rodimus_lab.data.mqar import MqarConfig
 from rodimus_lab.errors import UserError
-from rodimus_lab.recipe import Recipe
+from rodimus_lab.recipe import DataConfig, Recipe
 from rodimus_lab.train.distributed import World
+from rodimus_lab.train.recall import QuestionLoader, question_batches, question_sets
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]
 
 
 class Loader(Protocol):
@@ -33,24 +36,50 @@ class Loader(Protocol):
 class Feed:
     """`evaluation[split](rows)` gives this rank's part of that split, at most `rows` rows a batch, as many batches on
     every rank and every token of the split once; `words[split]` is its number of words, `facts` what identifies the
-    data, in JSON, for the run's environment."""
+    data, in JSON, for the run's environment. With `questions` the batches are those of questions and answers. A run is
+    at its end where a metric is above its value in `enough`."""
 
     train: Loader
     evaluation: Mapping[str, Callable[[int], Iterable[Batch]]]
     words: Mapping[str, int] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    questions: bool = False
+    enough: Mapping[str, float] = field(default_factory=dict)
 
 
 OpenFeed = Callable[[Recipe, World], Feed]
 
 
 def open_feed(recipe: Recipe, world: World) -> Feed:
-    """The recipe's corpus, tokenised on first use; all its splits but `train` are evaluated.
+    """The recipe's data: of text or of a task. All splits but `train` are evaluated.
 
-    Raises `UserError` where the corpus cannot be had, a shard is corrupt, or the tokenizer has more tokens than the
-    model's vocabulary.
+    Raises `UserError` where the corpus cannot be had, a shard is corrupt, or the data has more tokens than the model's
+    vocabulary.
     """
-    data, batch_size = recipe.data, recipe.budget.batch_size
+    if isinstance(recipe.data, MqarConfig):
+        return _open_questions(recipe, recipe.data, world)
+    return _open_text(recipe, recipe.data, world)
+
+
+def _open_questions(recipe: Recipe, data: MqarConfig, world: World) -> Feed:
+    if data.vocab_size > recipe.model.vocab_size:
+        raise UserError(
+            f"the task has {data.vocab_size} tokens, but the model's vocabulary only {recipe.model.vocab_size}; "
+            "enlarge it"
+        )
+    sets = question_sets(data, world.device)
+    return Feed(
+        train=QuestionLoader(sets.train, sets.segments, recipe.budget.batch_size, recipe.seed, world),
+        evaluation={"test": question_batches(sets.test, world)},
+        facts={"fingerprints": sets.fingerprints},
+        questions=True,
+        enough={"test_accuracy": data.enough},
+    )
+
+
+def _open_text(recipe: Recipe, data: DataConfig, world: World) -> Feed:
+    """The corpus, tokenised on first use."""
+    batch_size = recipe.budget.batch_size
     prepared = prepare(data.corpus, data.tokenizer, progress=world.main)
     if world.main:
         prepared.verify()

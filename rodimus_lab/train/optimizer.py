@@ -89,4 +89,14 @@ def set_updates(optimizer: torch.optim.AdamW, count: int) -> None:
 
 def set_learning_rate(optimizer: torch.optim.AdamW, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def make_capturable(optimizer: torch.optim.AdamW, device: torch.device) -> None:
+    """Let updates be captured as CUDA graphs. The learning rate, still set by `set_learning_rate`, is on the device."""
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+        group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=device)

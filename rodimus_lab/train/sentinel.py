@@ -20,10 +20,11 @@ class Sentinel:
     def __init__(self, device: torch.device):
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def watch(self, step: int, *values: Tensor) -> Tensor:
-        """1.0 (float32 scalar) from the first step on at which one of `values` is not finite, before it 0.0."""
+    def watch(self, step: int | Tensor, *values: Tensor) -> Tensor:
+        """1.0 (float32 scalar) from the first step on at which one of `values` is not finite, before it 0.0. `step` may
+        be on the device (int64 scalar), as it must where the call is captured."""
         bad = ~torch.stack([value.float() for value in values]).isfinite().all()
-        self._first_bad = torch.where((self._first_bad < 0) & bad, step, self._first_bad)
+        self._first_bad.copy_(torch.where((self._first_bad < 0) & bad, step, self._first_bad))
         return (self._first_bad >= 0).float()
 
     def first_bad_step(self) -> int | None:

@@ -12,9 +12,9 @@ from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import IGNORE, LanguageModel
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.scoring import autocast
-from rodimus_lab.train.capture import CapturedMicroBatch
+from rodimus_lab.train.capture import CapturedMicroBatch, CapturedStep
 from rodimus_lab.train.distributed import World, whole
-from rodimus_lab.train.optimizer import set_learning_rate
+from rodimus_lab.train.optimizer import make_capturable, set_learning_rate
 from rodimus_lab.train.schedule import learning_rate
 from rodimus_lab.train.sentinel import Sentinel
 
@@ -29,7 +29,7 @@ class Stepper:
     """Does the steps of a recipe on a model. Nothing in it waits for the device.
 
     With `capture`, for one process with CUDA and batches that are all of one size, micro-batches become CUDA graphs
-    after a few steps.
+    after a few steps; where a step has only one of them, the whole step does, the update included.
     """
 
     def __init__(
@@ -46,60 +46,87 @@ class Stepper:
         self.rows, self.capture = rows, capture
         self._steps = 0
         self._captured: CapturedMicroBatch | None = None
+        self._whole: CapturedStep | None = None
+        self._number = torch.zeros((), dtype=torch.int64, device=world.device)
         self.sentinel = Sentinel(world.device)
         self._parameters = list(model.parameters())
 
     def rate(self, step: int) -> float:
-        return learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, step, self.recipe.budget.steps)
+        budget = self.recipe.budget
+        return learning_rate(
+            self.recipe.schedule, self.recipe.optimizer.lr, step, budget.steps, eval_every=budget.eval_every
+        )
 
-    def step(self, step: int, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, step: int, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Update the weights. Returns the loss of the global batch before the update and its gradient's norm before
         clipping, on the device. Once either is not finite, no step updates anything any more."""
-        loss = self.backward(inputs_BT, targets_BT, capture=self.capture and self._steps >= EAGER_STEPS)
+        batch = self._to_device(batch)
+        capture = self.capture and self._steps >= EAGER_STEPS
         self._steps += 1
+        if capture and batch[0].shape[0] <= self.rows:
+            if self._whole is None:
+                self.optimizer.zero_grad(set_to_none=True)
+                self._captured = None
+                make_capturable(self.optimizer, self.world.device)
+                self._whole = CapturedStep(self._eagerly, self._number, *batch)
+            set_learning_rate(self.optimizer, self.rate(step))
+            loss, norm = self._whole(self._number.fill_(step), *batch)
+            return loss, norm
+        set_learning_rate(self.optimizer, self.rate(step))
+        return self._update(step, self.backward(*batch, capture=capture))
+
+    def _eagerly(self, number: Tensor, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        return self._update(number, self.backward(*batch))
+
+    def _update(self, step: int | Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
         if self.recipe.optimizer.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self.recipe.optimizer.clip_norm, norm)
         self.optimizer.found_inf = self.sentinel.watch(step, loss, norm)  # type: ignore[attr-defined]
-        set_learning_rate(self.optimizer, self.rate(step))
         self.optimizer.step()
         return loss, norm
 
-    def backward(self, inputs_BT: Tensor, targets_BT: Tensor, *, capture: bool = False) -> Tensor:
+    def backward(self, *batch: Tensor, capture: bool = False) -> Tensor:
         """Leave in the parameters the gradient of the mean loss over the counted tokens of the global batch, and return
         that loss (nats). The micro-batches, `rows` rows each, do not show in the result."""
-        inputs_BT, targets_BT = self._to_device(inputs_BT), self._to_device(targets_BT)
-        counted = self.world.sum((targets_BT != IGNORE).sum()).clamp(min=1)
+        batch = self._to_device(batch)
+        counted = self.world.sum((batch[1] != IGNORE).sum()).clamp(min=1)
         scale = self.world.size / counted  # FSDP averages the ranks' gradients.
         total = torch.zeros((), device=self.world.device)
-        micro_batches = list(zip(inputs_BT.split(self.rows), targets_BT.split(self.rows), strict=True))
+        micro_batches = list(zip(*(tensor.split(self.rows) for tensor in batch), strict=True))
         if not capture:
             self._captured = None
             self.optimizer.zero_grad(set_to_none=True)
         elif self._captured is None:
             several = len(micro_batches) > 1
             self._captured = CapturedMicroBatch(
-                self._accumulate, self._parameters, *micro_batches[0], scale, several=several
+                self._accumulate, self._parameters, scale, *micro_batches[0], several=several
             )
-        for index, (inputs, targets) in enumerate(micro_batches):
+        for index, micro_batch in enumerate(micro_batches):
             if self._captured is None:
-                total += self._accumulate(inputs, targets, scale)
+                total += self._accumulate(scale, *micro_batch)
             else:
-                total += self._captured(index, inputs, targets, scale)
+                total += self._captured(index, scale, *micro_batch)
         return self.world.sum(total) / counted
 
-    def _accumulate(self, inputs_BT: Tensor, targets_BT: Tensor, scale: Tensor) -> Tensor:
+    def _accumulate(
+        self, scale: Tensor, inputs_BT: Tensor, targets: Tensor, positions_BP: Tensor | None = None
+    ) -> Tensor:
         """Add the gradient of scale * the summed loss of a micro-batch, and return that loss."""
         with autocast(self.world.device, self.recipe.precision):
-            loss = self.model.loss(inputs_BT, targets_BT, reduction="sum")
+            if positions_BP is None:
+                loss = self.model.loss(inputs_BT, targets, reduction="sum")
+            else:
+                loss = self.model.loss(inputs_BT, targets, positions_BP=positions_BP, reduction="sum")
         (loss * scale).backward()
         return loss.detach()
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.world.device.type == "cuda" and not tensor.is_cuda:
-            tensor = tensor.pin_memory()
-        return tensor.to(self.world.device, non_blocking=True)
+    def _to_device(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        device = self.world.device
+        if device.type == "cuda":
+            batch = tuple(tensor if tensor.is_cuda else tensor.pin_memory() for tensor in batch)
+        return tuple(tensor.to(device, non_blocking=True) for tensor in batch)
 
 
 def default_rows(rows: int, seq_len: int, device: torch.device) -> int:
@@ -108,17 +135,21 @@ def default_rows(rows: int, seq_len: int, device: torch.device) -> int:
     return max(d for d in range(1, rows + 1) if rows % d == 0 and (d == 1 or d * seq_len <= limit))
 
 
-def fit_rows(stepper: Stepper) -> None:
-    """Shrink `stepper.rows`, divisor by divisor, until one micro-batch of random tokens fits into the GPU's memory.
+def fit_rows(stepper: Stepper, batch: tuple[Tensor, ...] | None = None) -> None:
+    """Shrink `stepper.rows`, divisor by divisor, until one micro-batch, of `batch` or else of random tokens, fits into
+    the GPU's memory.
 
     The random state is left as it was. Raises `UserError` where a single row does not fit.
     """
     seq_len, vocab, device = stepper.recipe.data.seq_len, stepper.recipe.model.vocab_size, stepper.world.device
     with torch.random.fork_rng(devices=[device]):
         while True:
-            ids_BT = torch.randint(vocab, (stepper.rows, seq_len), device=device)
+            if batch is None:
+                trial: tuple[Tensor, ...] = (torch.randint(vocab, (stepper.rows, seq_len), device=device),) * 2
+            else:
+                trial = tuple(tensor[: stepper.rows] for tensor in batch)
             try:
-                stepper.backward(ids_BT, ids_BT)
+                stepper.backward(*trial)
                 break
             except torch.OutOfMemoryError:
                 if stepper.rows == 1:

@@ -24,7 +24,7 @@ from rodimus_lab.records import RECORD, RunDir, environment, runs_root
 from rodimus_lab.train.checkpoint import CheckpointStore, hold
 from rodimus_lab.train.distributed import World, session, whole
 from rodimus_lab.train.evaluation import evaluate, note_evaluation
-from rodimus_lab.train.feed import Feed, OpenFeed, open_feed
+from rodimus_lab.train.feed import Batch, Feed, OpenFeed, open_feed
 from rodimus_lab.train.journal import TIMING, Board, Timing, device_facts, device_label, rounded
 from rodimus_lab.train.optimizer import build_optimizer, decay_groups, moments, set_updates, without_block_numbers
 from rodimus_lab.train.progress import Progress
@@ -146,7 +146,7 @@ class Trainer:
             self.model, self.optimizer, recipe, world, min(rows, batch // world.size), capture=capture
         )
         if on_cuda and options.micro_batch_size is None and world.size == 1:
-            fit_rows(self.stepper)
+            fit_rows(self.stepper, self._first_batch() if feed.questions else None)
         self.store = CheckpointStore(folder, world, keep_last=options.keep_last)
         self.timing = Timing(folder)
         self.watch = Stopwatch(world.wait)
@@ -155,13 +155,15 @@ class Trainer:
         self.log_every = math.ceil(recipe.budget.steps / LOGGED_LINES)
         self.flops_per_token = recipe.model.training_flops_per_token(seq_len)
         peak = peak_flops(device_name(device), recipe.precision)
-        self.peak = None if peak is None else peak * world.size
+        # Of questions, the head sees so few tokens that FLOPs a token would mislead.
+        self.peak = None if peak is None or feed.questions else peak * world.size
 
     @property
     def done(self) -> bool:
         budget = self.recipe.budget
         stopped_early = budget.patience is not None and self.state.stale_evaluations >= budget.patience
-        return self.state.step >= budget.steps or stopped_early
+        enough = any(self.state.metrics.get(name, -math.inf) > value for name, value in self.feed.enough.items())
+        return self.state.step >= budget.steps or stopped_early or enough
 
     def fit(self) -> dict[str, Any]:
         """Train from the last checkpoint to the end of the budget, and return the record."""
@@ -215,10 +217,17 @@ class Trainer:
         )
 
     def _step(self) -> None:
-        inputs_BT, targets_BT = next(self.feed.train)
+        batch = next(self.feed.train)
         self.state.step += 1
-        loss, norm = self.stepper.step(self.state.step, inputs_BT, targets_BT)
+        loss, norm = self.stepper.step(self.state.step, *batch)
         self.window += torch.stack([loss, norm])
+
+    def _first_batch(self) -> Batch:
+        """The next batch, which stays the next."""
+        place = self.feed.train.state_dict()
+        batch = next(self.feed.train)
+        self.feed.train.load_state_dict(place)
+        return batch
 
     def _after_step(self) -> None:
         step, budget = self.state.step, self.recipe.budget
@@ -244,8 +253,8 @@ class Trainer:
         step, loader_state = self._anchor
         self.feed.train.load_state_dict(loader_state)
         for _ in range(step, bad):
-            inputs_BT, targets_BT = next(self.feed.train)
-        name = find_non_finite(self.model, lambda: self.stepper.backward(inputs_BT, targets_BT))
+            batch = next(self.feed.train)
+        name = find_non_finite(self.model, lambda: self.stepper.backward(*batch))
         name = next(filter(None, self.world.gather(name)), "the loss or the gradient norm (not so when run again)")
         saved = self.store.steps()
         kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "no checkpoint was written yet"

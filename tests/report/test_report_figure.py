@@ -63,3 +63,26 @@ def test_the_committed_numbers_are_those_of_the_code() -> None:
         assert (COMMITTED / f"{name}.csv").read_text() == made, f"run `make figures` and commit {name}"
         assert (COMMITTED / f"{name}.svg").is_file()
         assert (COMMITTED / f"{name}.png").stat().st_size < 300_000
+
+
+def test_sources_and_what_is_missing_stand_in_the_numbers_and_the_note(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    quoted = Line("rodimus", (16, 32), (0.2, 0.4), sources=("paper", "paper"), quoted=True)
+    ours = Line("rodimus", (16,), (0.3,), sources=("run-1",))
+    figure = Figure(
+        "Recall", "n", "Accuracy", "", [quoted, ours], y_scale="share", missing=[("rodimus", 32), ("mamba", 16)]
+    )
+    assert figure.note == "dashed and pale: the paper's; not run: rodimus at 32, mamba"
+    assert figure_csv(figure).splitlines() == [
+        "name,n,Accuracy,source",
+        "rodimus,16,0.2,paper",
+        "rodimus,32,0.4,paper",
+        "rodimus,16,0.3,run-1",
+        "rodimus,32,,not run",
+        "mamba,16,,not run",
+    ]
+    svg = write_figure(figure, tmp_path, "recall")[0].read_text()
+    assert "stroke-dasharray" in svg
+    empty = Figure("Recall", "n", "Accuracy", "", [], y_scale="share", missing=[("rodimus", 16), ("rodimus", 32)])
+    assert empty.note == "not run: rodimus"
+    assert write_figure(empty, tmp_path, "empty")[1].stat().st_size > 0

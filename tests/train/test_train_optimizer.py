@@ -5,7 +5,14 @@ from train_fakes import tiny_model
 
 from rodimus_lab.nn.block import Block
 from rodimus_lab.recipe import OptimizerConfig
-from rodimus_lab.train.optimizer import build_optimizer, decay_groups, moments, set_learning_rate, set_updates
+from rodimus_lab.train.optimizer import (
+    build_optimizer,
+    decay_groups,
+    make_capturable,
+    moments,
+    set_learning_rate,
+    set_updates,
+)
 
 
 def test_matrices_decay_and_vectors_do_not():
@@ -71,6 +78,28 @@ def test_two_steps_equal_the_arithmetic_of_adamw():
     for name, moment in moments(model, optimizer).items():
         kind, _, parameter = name.partition(".")
         torch.testing.assert_close(moment, {"exp_avg": first, "exp_avg_sq": second}[kind][parameter])
+
+
+def test_a_rate_on_the_device_makes_the_same_updates():
+    """What a captured step needs; the rate is changed in place."""
+    ids = torch.randint(64, (4, 17))
+    results = []
+    for on_device in (False, True):
+        torch.manual_seed(0)
+        model = tiny_model().build()
+        optimizer = build_optimizer(model, decay_groups(model), OptimizerConfig())
+        if on_device:
+            make_capturable(optimizer, torch.device("cpu"))
+        held = [group["lr"] for group in optimizer.param_groups]
+        for lr in (0.01, 0.004):
+            optimizer.zero_grad()
+            model.loss(ids[:, :-1], ids[:, 1:]).backward()
+            set_learning_rate(optimizer, lr)
+            optimizer.step()
+        assert on_device == all(mine is group["lr"] for mine, group in zip(held, optimizer.param_groups, strict=True))
+        results.append([p.detach() for p in model.parameters()])
+    for plain, captured in zip(*results, strict=True):
+        torch.testing.assert_close(plain, captured)
 
 
 def test_found_inf_suppresses_an_update():

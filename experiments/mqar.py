@@ -1,0 +1,339 @@
+"""Multi-query associative recall: Figure 6 (accuracy by width) and Figure 1b (accuracy by state expansion), D.7.
+
+Every run is one model, one shape of the task and one learning rate, trained as Zoology's code trains (docs/choices.md).
+A point of a figure is the best of its learning rates; where models come closer than `CLOSE`, of three seeds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from rodimus_lab.data.mqar import PAPER_PAIRS, MqarConfig, MqarSegment, single
+from rodimus_lab.errors import UserError
+from rodimus_lab.experiment import BudgetName, TrainAll, choose_budget, experiment, report
+from rodimus_lab.nn.model import LanguageModelConfig
+from rodimus_lab.nn.zoo import MODELS, Size, model_config, slug
+from rodimus_lab.recipe import BudgetConfig, OptimizerConfig, Recipe, ScheduleConfig
+from rodimus_lab.records import Record, load_records
+from rodimus_lab.report import FIGURES, Cell, Column, Figure, Line, PaperResults, Table
+from rodimus_lab.report.recall import EXPANSION_FIELDS, METRIC, Best, best_points, too_close
+
+LAYERS = 2
+SEED = 123  # Zoology's
+LENGTHS, WIDTHS = (128, 256, 512), (64, 128, 256, 512)
+FIGURE_6_MODELS = ("rodimus", "rodimus+", "mamba", "mamba2", "rwkv4", "rwkv6", "transformer++")
+FIGURE_1B_MODELS = ("rodimus", "rodimus+", "mamba2", "mamba")
+EXPANSIONS = (16, 32, 64, 128, 256)
+LONG, LONG_WIDTH = 1024, 256  # Figure 1b
+BATCHES = {64: 512, 128: 512, 256: 256, 512: 128, 1024: 64}
+RATES = {"6": (1e-4, 4.642e-4, 2.154e-3, 1e-2), "1b": (3.162e-4, 3.162e-3, 1e-2)}
+EPOCHS = {"6": 64, "1b": 32}
+CLOSE = 0.03
+SEEDS = 3
+SHORT = 8  # The short budget has one epoch for so many of the paper's.
+SMOKE = {"seq_len": 64, "num_pairs": 4, "vocab_size": 256, "width": 32, "expansion": 16, "lr": 2e-2}
+SMOKE_EXAMPLES, SMOKE_EPOCHS, SMOKE_BATCH = 12_800, 3, 32
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+def run_all(recipes: Sequence[Recipe], train_all: TrainAll) -> None:
+    """Train the recipes, and then, with two seeds more, those whose points came too close to call."""
+    train_all(recipes)
+    asked = {recipe.id for recipe in recipes}
+    train_all(contested([record for record in load_records(experiment="mqar") if record.id in asked]))
+
+
+def contested(records: Sequence[Record]) -> list[Recipe]:
+    """The best runs of the points where models differ by less than `CLOSE`, with the next seeds."""
+    more = []
+    for points in best_points(records).values():
+        for point in too_close(points, CLOSE, MqarConfig.model_fields["enough"].default):
+            recipe = Recipe.from_dict(point.runs[0].recipe)
+            more += [recipe.replace(seed=recipe.seed + number) for number in range(1, SEEDS)]
+    return more
+
+
+@experiment("mqar", reports=("figure06", "figure01b"), run=run_all)
+def mqar(
+    figure: Literal["6", "1b"] = "6",
+    model: str | None = None,
+    length: int | None = None,
+    width: Positive | None = None,
+    expansion: Positive | None = None,
+    lr: Annotated[float, Field(gt=0)] | None = None,
+    budget: BudgetName | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    seed: Annotated[int, Field(ge=0)] = SEED,
+) -> Sequence[Recipe]:
+    """Train on multi-query associative recall: a figure's runs, or those of one model, length, width or rate.
+
+    The smoke budget trains one small model on a short task; the short one has an eighth of the epochs.
+    """
+    name, _ = choose_budget(budget)
+    if name == "smoke":
+        return [_smoke(model or "rodimus", lr=lr, seed=seed, precision=precision)]
+    models: Sequence[str] = FIGURE_6_MODELS if figure == "6" else FIGURE_1B_MODELS
+    if model is not None:
+        models = [MODELS.canonical(model)]
+    points: list[tuple[int, int, int | None]]
+    if figure == "6":
+        if expansion is not None:
+            raise UserError("--expansion belongs to Figure 1b; add --figure 1b, or leave it out")
+        points = [(t, d, None) for t in _chosen("length", length, LENGTHS) for d in _chosen("width", width, WIDTHS)]
+    else:
+        _chosen("length", length, (LONG,))
+        _chosen("width", width, (LONG_WIDTH,))
+        if fixed := [one for one in models if one not in EXPANSION_FIELDS]:
+            raise UserError(f"{fixed[0]} has no state expansion to vary; give one of {', '.join(EXPANSION_FIELDS)}")
+        points = [(LONG, LONG_WIDTH, n) for n in _chosen("expansion", expansion, EXPANSIONS)]
+    rates = RATES[figure] if lr is None else (lr,)
+    epochs = EPOCHS[figure]
+    trained = epochs if name == "paper" else epochs // SHORT
+    return [
+        recipe_of(
+            one, single(t, PAPER_PAIRS[t]), d, rate, epochs=trained, paper_epochs=epochs, batch_size=BATCHES[t],
+            name=name, expansion=n, seed=seed, precision=precision,
+        )
+        for t, d, n in points
+        for one in models
+        for rate in rates
+    ]  # fmt: skip
+
+
+def recipe_of(
+    model: str,
+    data: MqarConfig,
+    width: int,
+    lr: float,
+    *,
+    epochs: int,
+    batch_size: int,
+    name: BudgetName,
+    paper_epochs: int | None = None,
+    expansion: int | None = None,
+    layers: int = LAYERS,
+    seed: int = SEED,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> Recipe:
+    """One run: a model of `layers` blocks, evaluated after every epoch."""
+    per_epoch = sum(-(-segment.num_examples // batch_size) for segment in data.train)
+    return Recipe(
+        experiment="mqar",
+        label=slug(model),
+        model=architecture(model, data, width, layers=layers, expansion=expansion),
+        data=data,
+        optimizer=OptimizerConfig(lr=lr, beta1=0.9, beta2=0.999, weight_decay=0.1, clip_norm=None),
+        schedule=ScheduleConfig(kind="cosine_by_epoch", warmup_steps=0, min_lr=0),
+        budget=BudgetConfig(
+            name=name,
+            steps=epochs * per_epoch,
+            batch_size=batch_size,
+            paper_steps=None if paper_epochs is None else paper_epochs * per_epoch,
+            eval_every=per_epoch,
+        ),
+        precision=precision,
+        seed=seed,
+        evaluators=("accuracy",),
+    )
+
+
+def architecture(
+    model: str, data: MqarConfig, width: int, *, layers: int = LAYERS, expansion: int | None = None
+) -> LanguageModelConfig:
+    """The first `layers` blocks of the model at a width, with one head of attention."""
+    size = Size("mqar", layers, width, 1, data.vocab_size, data.seq_len)
+    changes: dict[str, Any] = {}
+    if expansion is not None:
+        kind, field = EXPANSION_FIELDS[MODELS.canonical(model)]
+        changes[kind] = {field: expansion}
+    config = model_config(model, size=size, **changes)
+    return config.replace(pattern=config.blocks[:layers], repeats=1)
+
+
+def _smoke(model: str, *, lr: float | None, seed: int, precision: Literal["fp32", "bf16"]) -> Recipe:
+    def segment(count: int) -> MqarSegment:
+        return MqarSegment(num_examples=count, seq_len=int(SMOKE["seq_len"]), num_pairs=int(SMOKE["num_pairs"]))
+
+    data = MqarConfig(train=(segment(SMOKE_EXAMPLES),), test=segment(1_000), vocab_size=int(SMOKE["vocab_size"]))
+    expansion = int(SMOKE["expansion"]) if MODELS.canonical(model) in EXPANSION_FIELDS else None
+    return recipe_of(
+        model, data, int(SMOKE["width"]), lr or SMOKE["lr"], epochs=SMOKE_EPOCHS, batch_size=SMOKE_BATCH, name="smoke",
+        expansion=expansion, seed=seed, precision=precision,
+    )  # fmt: skip
+
+
+def _chosen(option: str, value: int | None, known: Sequence[int]) -> Sequence[int]:
+    if value is None:
+        return known
+    if value not in known:
+        raise UserError(f"--{option}: {value} is not in the figure; give one of {', '.join(map(str, known))}")
+    return (value,)
+
+
+@report("figure06", experiments=("mqar",))
+def figure06(records: Sequence[Record], paper: PaperResults) -> Table:
+    """Figure 6 as a table: accuracy by model, length and width, the best of the learning rates and each of them."""
+    rows = [(one, t, d) for t in LENGTHS for one in FIGURE_6_MODELS for d in WIDTHS]
+    found = {
+        budget: {(b.model, b.seq_len, b.width): b for b in points if _in_6(b)}
+        for budget, points in best_points(records).items()
+    }
+    names = [
+        (Column("Model"), [Cell(one) for one, _, _ in rows]),
+        (Column("Tokens"), [Cell(t) for _, t, _ in rows]),
+        (Column("Pairs"), [Cell(PAPER_PAIRS[t]) for _, t, _ in rows]),
+        (Column("Width d"), [Cell(d) for _, _, d in rows]),
+    ]
+    measured = [column for budget, points in found.items() if points for column in _columns(rows, points, budget)]
+    return _table(
+        "Figure 6. Accuracy of recall (MQAR) by width",
+        names + (measured or [(Column("Accuracy (%)"), [_NOT_RUN] * len(rows))]),
+        ["The paper prints no numbers for this figure, and no picture of it was at hand to read points from.", _RULE],
+    )
+
+
+@report("figure01b", experiments=("mqar",))
+def figure01b(records: Sequence[Record], paper: PaperResults) -> Table:
+    """Figure 1b as a table: accuracy by state expansion n, the paper's points beside ours."""
+    rows = [(one, LONG, n) for one in FIGURE_1B_MODELS for n in EXPANSIONS]
+    read = {(row["model"], float(str(row["expansion"]))): row["accuracy"] for row in paper.figure("01b")}
+    found = {
+        budget: {(b.model, b.seq_len, b.expansion): b for b in points if _in_1b(b)}
+        for budget, points in best_points(records).items()
+    }
+    quoted = [read.get((one, n)) for one, _, n in rows]
+    names = [
+        (Column("Model"), [Cell(one) for one, _, _ in rows]),
+        (Column("n"), [Cell(n) for _, _, n in rows]),
+        (
+            Column("Accuracy (%), read by eye", "higher"),
+            [Cell(None if y is None else round(100 * float(y)), source="paper") for y in quoted],
+        ),
+    ]
+    measured = [column for budget, points in found.items() if points for column in _columns(rows, points, budget)]
+    return _table(
+        f"Figure 1b. Accuracy of recall (MQAR) by state expansion: {LONG} tokens, {PAPER_PAIRS[LONG]} pairs, "
+        f"d = {LONG_WIDTH}",
+        names + (measured or [(Column("Accuracy (%)"), [_NOT_RUN] * len(rows))]),
+        ["The paper's points are read by eye off the picture, to about 1 % of the axis.", _RULE],
+    )
+
+
+def _register_figure_6(seq_len: int) -> None:
+    @FIGURES.register(f"figure06-{seq_len}")
+    def panel(records: Sequence[Record], paper: PaperResults) -> Figure:
+        """Figure 6 at one length: accuracy by width, of runs at the paper's budget."""
+        points = {(b.model, b.width): b for b in _full(records) if _in_6(b) and b.seq_len == seq_len}
+        return _figure(
+            f"MQAR, {seq_len} tokens, {PAPER_PAIRS[seq_len]} pairs",
+            "Width d",
+            [(one, WIDTHS) for one in FIGURE_6_MODELS],
+            points,
+            quoted=[],
+        )
+
+
+for _length in LENGTHS:
+    _register_figure_6(_length)
+
+
+@FIGURES.register("figure01b")
+def draw_figure_1b(records: Sequence[Record], paper: PaperResults) -> Figure:
+    """Figure 1b: accuracy by state expansion, of runs at the paper's budget, over the paper's points."""
+    quoted = []
+    for one in FIGURE_1B_MODELS:
+        rows = [row for row in paper.figure("01b") if row["model"] == one]
+        xs, ys = ([float(str(row[name])) for row in rows] for name in ("expansion", "accuracy"))
+        quoted.append(Line(one, xs, ys, sources=["paper, read by eye"] * len(rows), quoted=True))
+    return _figure(
+        f"MQAR, {LONG} tokens, {PAPER_PAIRS[LONG]} pairs, d = {LONG_WIDTH}",
+        "State expansion n",
+        [(one, EXPANSIONS) for one in FIGURE_1B_MODELS],
+        {(b.model, b.expansion): b for b in _full(records) if _in_1b(b)},
+        quoted=quoted,
+    )
+
+
+_NOT_RUN = Cell(None, source="measured", missing="not run")
+_RULE = (
+    "Of several learning rates the best accuracy counts; every rate stands beside it. Where models differ by less "
+    f"than {CLOSE:.0%} short of 99 %, the best rate is run with three seeds. Accuracy is that of the last epoch."
+)
+
+
+def _in_6(point: Best) -> bool:
+    return point.seq_len in LENGTHS and point.num_pairs == PAPER_PAIRS[point.seq_len]
+
+
+def _in_1b(point: Best) -> bool:
+    return (point.seq_len, point.num_pairs, point.width) == (LONG, PAPER_PAIRS[LONG], LONG_WIDTH)
+
+
+def _full(records: Iterable[Record]) -> list[Best]:
+    """The points of runs at the paper's budget, in float32 as Zoology's."""
+    kept = [r for r in records if r.budget["name"] == "paper" and r.recipe["precision"] == "fp32"]
+    return [best for points in best_points(kept).values() for best in points]
+
+
+def _figure(
+    title: str,
+    x_label: str,
+    wanted: Sequence[tuple[str, Sequence[int]]],
+    points: Mapping[Any, Best],
+    quoted: Sequence[Line],
+) -> Figure:
+    lines, missing = list(quoted), []
+    for name, xs in wanted:
+        run = [x for x in xs if (name, x) in points]
+        missing += [(name, x) for x in xs if x not in run]
+        if run:
+            best = [points[name, x] for x in run]
+            sources = [f"{'; '.join(run.id for run in b.runs)} at rate {b.lr:g}" for b in best]
+            lines.append(Line(name, run, [b.accuracy for b in best], sources=sources))
+    return Figure(title, x_label, "Accuracy", "", lines, y_scale="share", missing=missing)
+
+
+def _columns(
+    rows: Sequence[tuple[str, int, int]], points: Mapping[Any, Best], budget: str
+) -> list[tuple[Column, list[Cell]]]:
+    """The best accuracy, its rate, and the accuracy at each rate."""
+    found = [points.get(row) for row in rows]
+    rates = sorted({rate for best in found if best for rate in best.by_rate})
+    columns = [
+        (Column("Accuracy (%)", "higher"), [_accuracy(best.runs if best else None, budget) for best in found]),
+        (
+            Column("Best rate"),
+            [Cell(f"{best.lr:g}" if best else None, source="computed", missing="") for best in found],
+        ),
+    ]
+    for rate in rates:
+        cells = [_accuracy(best.by_rate.get(rate) if best else None, budget) for best in found]
+        columns.append((Column(f"at {rate:g} (%)"), cells))
+    return columns
+
+
+def _accuracy(runs: Sequence[Record] | None, budget: str) -> Cell:
+    if not runs:
+        return _NOT_RUN
+    accuracies = [100 * run.metrics[METRIC] for run in runs]
+    return Cell(
+        statistics.fmean(accuracies),
+        digits=1,
+        source="measured",
+        run_id="; ".join(run.id for run in runs),
+        corpus="mqar",
+        budget=budget,
+        device="; ".join(dict.fromkeys(run.device for run in runs)),
+        std=statistics.stdev(accuracies) if len(runs) > 1 else None,
+        count=len(runs),
+    )
+
+
+def _table(title: str, columns: Sequence[tuple[Column, Sequence[Cell]]], notes: Sequence[str]) -> Table:
+    cells = zip(*(cells for _, cells in columns), strict=True)
+    return Table(title, [column for column, _ in columns], list(cells), notes=notes)

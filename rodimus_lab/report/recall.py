@@ -1,0 +1,130 @@
+"""Recall runs as the points of a figure: the best of several learning rates, with every run that stands behind it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rodimus_lab.records import Record
+
+METRIC = "test_accuracy"
+# The sublayer of a model, and its field, that sets the state expansion n.
+EXPANSION_FIELDS = {
+    "rodimus": ("rodimus", "n"),
+    "rodimus+": ("rodimus", "n"),
+    "mamba2": ("mamba2", "state"),
+    "mamba": ("mamba", "state"),
+}
+
+
+@dataclass(frozen=True)
+class Best:
+    """One model at one shape of the task, width and expansion (None where it has none); a model's settings are told
+    apart by all else that is in its recipe. `by_rate`: its runs by learning rate, those of several seeds together.
+    `lr` is the rate whose mean accuracy (0 to 1) is the highest, the lowest such rate where several are."""
+
+    model: str
+    seq_len: int
+    num_pairs: int
+    width: int
+    expansion: int | None
+    by_rate: Mapping[float, Sequence[Record]]
+
+    @property
+    def lr(self) -> float:
+        return max(sorted(self.by_rate), key=lambda rate: mean_accuracy(self.by_rate[rate]))
+
+    @property
+    def runs(self) -> Sequence[Record]:
+        return self.by_rate[self.lr]
+
+    @property
+    def accuracy(self) -> float:
+        return mean_accuracy(self.runs)
+
+
+def mean_accuracy(runs: Sequence[Record]) -> float:
+    return statistics.fmean(run.metrics[METRIC] for run in runs)
+
+
+def best_points(records: Iterable[Record]) -> dict[str, list[Best]]:
+    """Points by budget in words, such as `paper budget, 64 epochs, fp32`; runs of mixtures of shapes are no points.
+
+    Where runs of one model, shape, width, expansion and rate differ in more than the seed, those of the last one to
+    finish and its seeds count.
+    """
+    groups: dict[str, dict[tuple[Any, ...], dict[float, list[Record]]]] = {}
+    for record in sorted(records, key=lambda record: (record.finished, record.id)):
+        data = record.recipe["data"]
+        if data.get("task") != "mqar" or len(data["train"]) != 1 or METRIC not in record.metrics:
+            continue
+        shape = data["train"][0]
+        model = record.label.replace("_plus", "+").replace("_pp", "++")
+        key = (
+            model,
+            shape["seq_len"],
+            shape["num_pairs"],
+            record.recipe["model"]["d_model"],
+            _expansion(model, record),
+        )
+        rates = groups.setdefault(_budget(record), {}).setdefault(key, {})
+        runs = rates.setdefault(record.recipe["optimizer"]["lr"], [])
+        runs[:] = [run for run in runs if _but_seed(run) == _but_seed(record)] + [record]
+    return {
+        budget: [
+            Best(model, seq_len, pairs, width, n, {lr: sorted(rates[lr], key=_seed) for lr in sorted(rates)})
+            for (model, seq_len, pairs, width, n), rates in sorted(points.items(), key=lambda item: str(item[0]))
+        ]
+        for budget, points in sorted(groups.items())
+    }
+
+
+def too_close(points: Sequence[Best], margin: float, enough: float) -> list[Best]:
+    """Points that another model at the same shape, width and expansion comes closer to than `margin`.
+
+    Where both are above `enough` there is nothing to tell apart, for such runs end there.
+    """
+    close = []
+    for point in points:
+        rivals = [other for other in points if other.model != point.model and _place(other) == _place(point)]
+        if any(
+            abs(other.accuracy - point.accuracy) < margin and min(other.accuracy, point.accuracy) <= enough
+            for other in rivals
+        ):
+            close.append(point)
+    return close
+
+
+def _place(point: Best) -> tuple[Any, ...]:
+    """At one width, models of one figure have one expansion each, which Figure 1b varies and Figure 6 does not."""
+    varied = point.expansion if point.seq_len == 1024 else None
+    return point.seq_len, point.num_pairs, point.width, varied
+
+
+def _expansion(model: str, record: Record) -> int | None:
+    if model not in EXPANSION_FIELDS:
+        return None
+    kind, field = EXPANSION_FIELDS[model]
+    return next(sublayer[field] for sublayer in _sublayers(record.recipe["model"]) if sublayer["kind"] == kind)
+
+
+def _sublayers(model: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for block in model["pattern"]:
+        for hop in block["hops"]:
+            yield from hop
+
+
+def _budget(record: Record) -> str:
+    budget = record.budget
+    epochs = budget["steps"] // budget["eval_every"]
+    return f"{budget['name']} budget, {epochs} epochs, {record.recipe['precision']}"
+
+
+def _but_seed(record: Record) -> dict[str, Any]:
+    return {name: value for name, value in record.recipe.items() if name != "seed"}
+
+
+def _seed(record: Record) -> int:
+    return record.recipe["seed"]

@@ -1,0 +1,208 @@
+"""Figures 6 and 1b: the runs are the paper's and Zoology's, points are the best of their rates, and a small Rodimus
+learns the task while one without what it takes does not."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from experiments.mqar import (
+    FIGURE_1B_MODELS,
+    FIGURE_6_MODELS,
+    architecture,
+    contested,
+    draw_figure_1b,
+    figure01b,
+    figure06,
+    mqar,
+    run_all,
+)
+from rodimus_lab.data.mqar import single
+from rodimus_lab.nn.zoo import with_sublayers
+from rodimus_lab.recipe import Recipe
+from rodimus_lab.records import Record, RunDir, load_records
+from rodimus_lab.report import FIGURES, PaperResults, to_markdown
+from rodimus_lab.report.figure import figure_csv
+from rodimus_lab.report.recall import best_points
+from rodimus_lab.train import TrainOptions, train
+
+PAPER = PaperResults()
+
+
+def record(recipe: Recipe, accuracy: float) -> Record:
+    """A finished run of a recipe, as it is read back."""
+    return Record(
+        experiment="mqar",
+        id=recipe.id,
+        label=recipe.label,
+        recipe=json.loads(recipe.canonical_json()),
+        env={},
+        metrics={"test_accuracy": accuracy, "steps": recipe.budget.steps},
+        corpus=recipe.data.corpus,
+        tokenizer="none",
+        budget=recipe.budget.to_dict(),
+        device="a device",
+        commit="0",
+        finished="2026-01-01",
+        path=None,  # type: ignore[arg-type]
+    )
+
+
+def runs(accuracies: Sequence[float], **options) -> list[Record]:
+    return [record(r, a) for r, a in zip(mqar(budget="paper", **options), accuracies, strict=True)]
+
+
+def test_figure_6_is_d_7_and_zoology():
+    recipes = mqar(budget="paper")
+    assert len({recipe.id for recipe in recipes}) == len(recipes) == 7 * 3 * 4 * 4
+    for recipe in recipes:
+        data, optimizer, budget = recipe.data, recipe.optimizer, recipe.budget
+        assert {128: 8, 256: 16, 512: 32}[data.seq_len] == data.test.num_pairs
+        assert (data.num_train, data.test.num_examples, data.vocab_size) == (100_000, 3_000, 8192)
+        assert recipe.model.d_model in (64, 128, 256, 512)
+        assert len(recipe.model.blocks) == 2
+        assert recipe.model.tie_embeddings
+        assert budget.batch_size == {128: 512, 256: 256, 512: 128}[data.seq_len]
+        assert (
+            budget.steps == budget.paper_steps == 64 * math.ceil(100_000 / budget.batch_size) == 64 * budget.eval_every
+        )
+        assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, optimizer.clip_norm) == (
+            0.9,
+            0.999,
+            0.1,
+            None,
+        )
+        assert (recipe.schedule.kind, recipe.precision, recipe.seed) == ("cosine_by_epoch", "fp32", 123)
+    rates = sorted({recipe.optimizer.lr for recipe in recipes})
+    assert [math.log10(rate) for rate in rates] == pytest.approx([-4, -3.3, -2.7, -2], abs=0.05)
+
+
+def test_figure_1b_is_d_7():
+    recipes = mqar("1b", budget="paper")
+    assert len({recipe.id for recipe in recipes}) == len(recipes) == 4 * 5 * 3
+    assert {(r.data.seq_len, r.data.test.num_pairs, r.model.d_model) for r in recipes} == {(1024, 256, 256)}
+    assert {r.budget.steps // r.budget.eval_every for r in recipes} == {32}
+    rates = sorted({recipe.optimizer.lr for recipe in recipes})
+    assert [math.log10(rate) for rate in rates] == pytest.approx([-3.5, -2.5, -2], abs=1e-3)
+
+
+@pytest.mark.parametrize("model", FIGURE_6_MODELS)
+def test_every_model_of_figure_6_runs(model):
+    config = architecture(model, single(128, 8), 64)
+    loss = config.build().loss(
+        torch.randint(8192, (2, 128)), torch.randint(8192, (2, 3)), positions_BP=torch.ones(2, 3).long()
+    )
+    assert loss.item() == pytest.approx(math.log(8192), rel=0.1)
+
+
+@pytest.mark.parametrize("model", FIGURE_1B_MODELS)
+def test_an_expansion_is_that_of_the_state(model):
+    sizes = [
+        architecture(model, single(1024, 256), 256, expansion=n).state_bytes(1, 8, torch.float32) for n in (16, 32, 64)
+    ]
+    assert sizes[2] - sizes[1] == 2 * (sizes[1] - sizes[0]) > 0
+
+
+def test_a_short_budget_says_so():
+    (recipe,) = mqar("6", model="rodimus", length=128, width=64, lr=1e-3, budget="short")
+    assert (recipe.budget.name, recipe.budget.fraction) == ("short", 1 / 8)
+
+
+def test_a_point_is_its_best_rate_and_keeps_the_others():
+    found = runs([0.1, 0.5, 0.9, 0.2], model="rodimus", length=128, width=64)
+    ((best,),) = best_points(found).values()
+    assert (best.model, best.seq_len, best.num_pairs, best.width, best.expansion) == ("rodimus", 128, 8, 64, 64)
+    assert (best.accuracy, best.lr, [run.id for run in best.runs]) == (0.9, 2.154e-3, [found[2].id])
+    text = to_markdown(figure06(found, PAPER))
+    assert all(run.id in text for run in found)
+    assert "not run" in text
+    row = next(line for line in text.splitlines() if line.startswith("| rodimus | 128 | 8 | 64 |"))
+    for shown in ("90.0", "10.0", "50.0", "20.0", "0.002154"):
+        assert shown in row
+
+
+def test_three_seeds_where_models_are_close():
+    near = runs([0.1, 0.5, 0.90, 0.2], model="rodimus", length=128, width=64)
+    near += runs([0.1, 0.88, 0.3, 0.2], model="mamba", length=128, width=64)
+    far = runs([0.1, 0.2, 0.3, 0.4], model="rwkv4", length=128, width=64)
+    elsewhere = runs([0.1, 0.2, 0.3, 0.9], model="mamba2", length=128, width=128)
+    again = contested([*near, *far, *elsewhere])
+    assert [(r.label, r.optimizer.lr, r.seed) for r in again] == [
+        ("mamba", 4.642e-4, 124),
+        ("mamba", 4.642e-4, 125),
+        ("rodimus", 2.154e-3, 124),
+        ("rodimus", 2.154e-3, 125),
+    ]
+    text = to_markdown(figure06([*near, record(again[2], 0.92), record(again[3], 0.94)], PAPER))
+    assert "92.0 ± 2.0 (3 seeds)" in text
+    done = runs([0.1, 0.995, 0.1, 0.1], model="rodimus", length=128, width=64)
+    done += runs([0.1, 0.1, 0.1, 0.992], model="mamba", length=128, width=64)
+    assert contested(done) == []
+
+
+def test_the_contested_are_run_after_the_others(monkeypatch):
+    recipes = list(mqar("6", model="rodimus", length=128, width=64, budget="paper"))
+    recipes += mqar("6", model="mamba", length=128, width=64, budget="paper")
+    monkeypatch.setattr("experiments.mqar.load_records", lambda experiment: [record(r, 0.5) for r in recipes])
+    asked: list[list[Recipe]] = []
+    run_all(recipes, lambda chosen: asked.append(list(chosen)))
+    assert asked[0] == recipes
+    assert {(r.label, r.seed) for r in asked[1]} == {(m, s) for m in ("rodimus", "mamba") for s in (124, 125)}
+
+
+def test_figure_1b_has_the_papers_points_and_ours():
+    found = runs([0.3, 0.6, 0.2], figure="1b", model="rodimus", expansion=64)
+    figure = draw_figure_1b(found, PAPER)
+    csv = figure_csv(figure)
+    assert 'rodimus,64.0,0.65,"paper, read by eye"' in csv
+    assert f"rodimus,64,0.6,{found[1].id} at rate 0.003162" in csv
+    assert "rodimus,128,,not run" in csv
+    assert figure.note == "dashed and pale: the paper's; not run: rodimus at 16, 32, 128, 256, rodimus+, mamba2, mamba"
+    text = to_markdown(figure01b(found, PAPER))
+    assert "read by eye (paper)" in text
+    assert "60.0" in text
+
+
+def test_a_panel_of_figure_6_shows_full_runs_only():
+    short = [record(r, 0.7) for r in mqar("6", model="rodimus", length=128, width=64, lr=1e-2, budget="short")]
+    bf16 = [record(r, 0.7) for r in mqar("6", model="rodimus", length=128, width=64, budget="paper", precision="bf16")]
+    assert FIGURES["figure06-128"](short + bf16, PAPER).lines == []
+    full = runs([0.1, 0.5, 0.9, 0.2], model="rodimus", length=128, width=64)
+    (line,) = FIGURES["figure06-128"](full, PAPER).lines
+    assert (line.name, list(line.xs), list(line.ys)) == ("rodimus", [64], [0.9])
+    assert FIGURES["figure06-256"](full, PAPER).lines == []
+
+
+def test_the_command_trains_and_reports(cli, places, monkeypatch):
+    monkeypatch.setattr("experiments.mqar.SMOKE_EXAMPLES", 64)
+    result = cli("mqar", "--budget", "smoke", "--device", "cpu")
+    assert result.code == 0, result
+    assert "test accuracy" in result.out
+    (run,) = load_records(experiment="mqar")
+    assert run.corpus == "mqar-64x4"
+    assert (places / "tables" / "figure06.md").is_file()
+    again = cli("mqar", "--budget", "smoke", "--device", "cpu")
+    assert (again.code, len(load_records(experiment="mqar"))) == (0, 1)
+    assert "is finished" in again.out
+
+
+@pytest.mark.slow
+def test_a_small_rodimus_recalls_and_one_layer_without_convolution_does_not(tmp_path):
+    """The smoke run, and its first epoch with one layer that sees no neighbour: it cannot bind a value to its key."""
+    (recipe,) = mqar(budget="smoke")
+    one = recipe.replace(
+        model=with_sublayers(recipe.model.replace(pattern=recipe.model.blocks[:1]), "rodimus", {"conv_width": 0}),
+        label="one_layer",
+        budget=recipe.budget.replace(steps=recipe.budget.eval_every),
+    )
+    options = TrainOptions(device="cpu", progress=False, runs_root=tmp_path / "r", checkpoints_root=tmp_path / "c")
+    assert train(recipe, options)["metrics"]["test_accuracy"] > 0.95
+    assert train(one, options)["metrics"]["test_accuracy"] < 0.5
+    evaluations = RunDir(tmp_path / "r", "mqar", recipe.id).read_metrics()
+    assert next(line["test_accuracy"] for line in evaluations if "test_accuracy" in line) > 0.7
+    losses = [line["loss"] for line in RunDir(tmp_path / "r", "mqar", one.id).read_metrics() if "loss" in line]
+    assert losses[-1] < losses[0]  # It does learn what can be learnt without.
