@@ -35,8 +35,8 @@ EPOCHS = {"6": 64, "1b": 32}
 CLOSE = 0.03
 SEEDS = 3
 SHORT = 8  # The short budget has one epoch for so many of the paper's.
-SMOKE = {"seq_len": 64, "num_pairs": 4, "vocab_size": 256, "width": 32, "expansion": 16, "lr": 1.5e-2}
-SMOKE_EXAMPLES, SMOKE_EPOCHS, SMOKE_BATCH = 6_400, 5, 32
+SMOKE = {"seq_len": 64, "num_pairs": 4, "vocab_size": 256, "width": 32, "expansion": 16, "lr": 2e-2}
+SMOKE_EXAMPLES, SMOKE_EPOCHS, SMOKE_BATCH = 12_800, 3, 32
 
 Positive = Annotated[int, Field(ge=1)]
 
