@@ -38,8 +38,6 @@ SHORT = 8  # The short budget has one epoch for so many of the paper's.
 SMOKE = {"seq_len": 64, "num_pairs": 4, "vocab_size": 256, "width": 32, "expansion": 16, "lr": 2e-2}
 SMOKE_EXAMPLES, SMOKE_EPOCHS, SMOKE_BATCH = 12_800, 3, 32
 
-Positive = Annotated[int, Field(ge=1)]
-
 
 def run_all(recipes: Sequence[Recipe], train_all: TrainAll) -> None:
     """Train the recipes, and then, with two seeds more, those whose points came too close to call."""
@@ -63,9 +61,9 @@ def mqar(
     figure: Literal["6", "1b"] = "6",
     model: str | None = None,
     length: int | None = None,
-    width: Positive | None = None,
-    expansion: Positive | None = None,
-    lr: Annotated[float, Field(gt=0)] | None = None,
+    width: Annotated[int | None, Field(ge=1)] = None,
+    expansion: Annotated[int | None, Field(ge=1)] = None,
+    lr: Annotated[float | None, Field(gt=0)] = None,
     budget: BudgetName | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     seed: Annotated[int, Field(ge=0)] = SEED,
