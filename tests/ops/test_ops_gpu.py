@@ -29,6 +29,22 @@ FP32, BF16 = torch.float32, torch.bfloat16
 Leaves = dict[str, Tensor]
 
 
+@pytest.fixture(autouse=True)
+def _few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other libraries' kernels choose among about four candidates each: what is tested here is what they compute, and
+    compiling all would take minutes.
+    """
+    from triton.runtime.autotuner import Autotuner
+
+    every = Autotuner.prune_configs
+
+    def few(self: Any, arguments: Any) -> list[Any]:
+        configs = every(self, arguments)
+        return configs[:: max(1, len(configs) // 4)]
+
+    monkeypatch.setattr(Autotuner, "prune_configs", few)
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
     got, want = got.detach().double().cpu(), want.detach().double().cpu()
     return ((got - want).norm() / want.norm().clamp(min=1e-12)).item()
