@@ -25,8 +25,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
-test: setup ## run every test (those that need a GPU are skipped without one)
-	$(BIN)/python -m pytest
+test: setup ## run every test on as many cores as there are, at most 8 (those that need a GPU are skipped without one) [JOBS]
+	$(BIN)/python -m pytest --numprocesses $(or $(JOBS),$$($(BIN)/python -c 'import os; print(min(8, os.cpu_count() or 1))')) --dist worksteal
 
 test-gpu: setup ## run only the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
