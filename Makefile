@@ -10,7 +10,9 @@ MQAR_FLAGS := $(if $(filter-out file,$(origin MODEL)),--model $(MODEL)) $(if $(F
 RUN_FLAGS := $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-gpu lint wikitext103 mqar sweep tables figures zoo bench doctor clean
+SCALING_FLAGS := $(if $(filter-out file,$(origin MODEL)),--model $(MODEL)) $(if $(SIZE),--size $(SIZE)) $(if $(RATIO),--ratio $(RATIO)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(SEED),--seed $(SEED))
+
+.PHONY: help setup test test-gpu lint wikitext103 mqar scaling-laws sweep tables figures zoo bench doctor clean
 
 help: ## list the targets
 	@echo "Targets (options in capitals, such as MODEL=rodimus BUDGET=short CORPUS=enwiki-25k):"
@@ -44,6 +46,9 @@ sweep: setup ## the same for several MODELS, side by side where there is room [M
 
 mqar: setup ## train on associative recall, all of FIGURE (6 or 1b) or a part, and rebuild its tables [FIGURE MODEL LENGTH WIDTH LR BUDGET SEED]
 	$(LAB) mqar $(MQAR_FLAGS)
+
+scaling-laws: setup ## train models of several sizes and fit how their loss falls with compute [MODEL SIZE RATIO BUDGET CORPUS SEED]
+	$(LAB) scaling-laws $(SCALING_FLAGS)
 
 tables: setup ## rebuild every table from the run records
 	$(LAB) report

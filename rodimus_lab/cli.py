@@ -149,6 +149,9 @@ OPTION_HELP = {
     "expansion": "The state expansion n. Default: every one of the figure.",
     "lr": "The peak learning rate. Default: every one of the figure.",
     "precision": "Of matrix products.",
+    "size": "A size of the table or of the ladder. Default: all of them.",
+    "table": "The table whose sizes and settings these are, at the paper budget.",
+    "ratio": "Tokens a parameter beside the embedding, at the short and smoke budgets. Default: 8 and 2.",
 }
 
 

@@ -94,7 +94,7 @@ class Tokenizer:
 TOKENIZERS: Registry[Callable[[], backends.Tokenizer]] = Registry("tokenizer")
 
 # GPT-2's 50,257 entries as RoBERTa and fairseq count them: four special tokens and padding more (Table 5: 50,265).
-PADDED_VOCAB_SIZES = {"gpt2": 50265, "gpt-neox": 50277, "pydoc-4096": 4096}
+PADDED_VOCAB_SIZES = {"gpt2": 50265, "gpt-neox": 50277, "rodimus": 126340, "pydoc-4096": 4096}
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -140,6 +140,15 @@ def _gpt_neox() -> backends.Tokenizer:
     file = _local("tokenizers/gpt-neox-20b/20B_tokenizer.json")
     if file is None:
         return _from_hub("gpt-neox", "EleutherAI/gpt-neox-20b", "tokenizers/gpt-neox-20b/20B_tokenizer.json")
+    return _read(file[0])
+
+
+@TOKENIZERS.register("rodimus")
+def _rodimus() -> backends.Tokenizer:
+    """The byte-level BPE of the released Rodimus models (D.5)."""
+    file = _local("tokenizers/rodimus/tokenizer.json")
+    if file is None:
+        return _from_hub("rodimus", "codefuse-ai/rodimus_plus_1B6_base_20241001", "tokenizers/rodimus/tokenizer.json")
     return _read(file[0])
 
 

@@ -60,10 +60,22 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """Lines over x in powers of two; `unit` is that of y, which goes up in powers or, a share, from 0 to 1.
+class Band:
+    """The law fitted through the points of one model, and at each x the limits that it lies between."""
 
-    `missing` are points that are not there: (name, x).
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    lows: Sequence[float]
+    highs: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Lines over x; `unit` is that of y, which goes up in powers (within one decade: `tight`) or, a share, from 0 to 1.
+    x is marked at the points, in powers of two, or else (`decades`) in powers of ten.
+
+    `missing` are points that are not there: (name, x). The points of a model with a band are not joined.
     """
 
     title: str
@@ -71,13 +83,16 @@ class Figure:
     y_label: str
     unit: str
     lines: Sequence[Line]
-    y_scale: Literal["log", "share"] = "log"
+    y_scale: Literal["log", "tight", "share"] = "log"
     missing: Sequence[tuple[str, float]] = ()
+    x_marks: Literal["points", "decades"] = "points"
+    bands: Sequence[Band] = ()
 
     @property
     def note(self) -> str:
         """What has to be known beside the lines: which are quoted, and what was not run."""
         parts = ["dashed and pale: the paper's"] if any(line.quoted for line in self.lines) else []
+        parts += ["shaded: where the fitted law lies with 95 % confidence"] if self.bands else []
         absent: dict[str, list[str]] = {}
         for name, x in self.missing:
             absent.setdefault(name, []).append(f"{x:g}")
@@ -109,7 +124,8 @@ def write_figure(figure: Figure, out_dir: Path | str, name: str) -> list[Path]:
 
 
 def figure_csv(figure: Figure) -> str:
-    """A row for every point, with its source where the figure gives any; one that is missing has no y."""
+    """A row for every point, with its source where the figure gives any; one that is missing has no y. Laws follow,
+    with their limits in two more columns."""
     text = io.StringIO()
     header: tuple[str, ...] = ("name", figure.x_label, figure.y_label)
     rows: list[tuple[Any, ...]] = [
@@ -120,6 +136,14 @@ def figure_csv(figure: Figure) -> str:
         sources = [source for line in figure.lines for source in line.sources or [""] * len(line.xs)]
         rows = [(*row, source) for row, source in zip(rows, sources, strict=True)]
         rows += [(name, x, "", "not run") for name, x in figure.missing]
+    if figure.bands:
+        rows = [(*row, "", "") for row in rows]
+        source = ("fit",) * (len(header) - 3)
+        for band in figure.bands:
+            for point in zip(band.xs, band.ys, band.lows, band.highs, strict=True):
+                x, y, low, high = (f"{value:.6g}" for value in point)
+                rows.append((band.name, x, y, *source, low, high))
+        header += ("low", "high")
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue()
 
@@ -129,28 +153,46 @@ def draw(figure: Figure, salt: str) -> dict[str, bytes]:
     try:
         from matplotlib import style
         from matplotlib.figure import Figure as Canvas
-        from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+        from matplotlib.ticker import (
+            EngFormatter,
+            FixedLocator,
+            FuncFormatter,
+            MaxNLocator,
+            NullLocator,
+            PercentFormatter,
+        )
     except ImportError:
         raise UserError("figures need matplotlib; install it with: pip install -e '.[figures]'") from None
     files = {}
     with style.context(["default", HOUSE | {"svg.hashsalt": salt}]):
         canvas = Canvas(figsize=(7.5, 5.0), layout="constrained")
         axes = canvas.add_subplot(
-            xscale="log", yscale="log" if figure.y_scale == "log" else "linear", title=figure.title
+            xscale="log", yscale="linear" if figure.y_scale == "share" else "log", title=figure.title
         )
         axes.set(xlabel=figure.x_label, ylabel=figure.y_label)
         for line in figure.lines:
             pale: dict[str, Any] = {"alpha": 0.4, "linestyle": "--", "zorder": 1.9} if line.quoted else {}
-            axes.plot(line.xs, line.ys, **style_of(line.name), **pale, clip_on=False)
+            joined: dict[str, Any] = (
+                {} if pale or line.name not in {band.name for band in figure.bands} else {"linestyle": "none"}
+            )
+            axes.plot(line.xs, line.ys, **style_of(line.name), **pale, **joined, clip_on=False)
+        for band in figure.bands:
+            colour = style_of(band.name)["color"]
+            axes.plot(band.xs, band.ys, color=colour, linewidth=1.0)
+            axes.fill_between(band.xs, band.lows, band.highs, color=colour, alpha=0.12, linewidth=0)
         xs = {x for line in figure.lines for x in line.xs} | {x for _, x in figure.missing}
-        axes.set_xlim(*((min(xs), max(xs)) if figure.missing else (None, None)))
-        axes.xaxis.set_major_locator(FixedLocator(sorted(xs)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(*((min(xs), max(xs)) if figure.missing and len(xs) > 1 else (None, None)))
+        if figure.x_marks == "points":
+            axes.xaxis.set_major_locator(FixedLocator(sorted(xs)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
         if figure.y_scale == "share":
             axes.set_ylim(0, 1)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         else:
+            if figure.y_scale == "tight":
+                axes.yaxis.set_major_locator(MaxNLocator(6))
+                axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(EngFormatter(figure.unit))
         ours = {line.name for line in figure.lines if not line.quoted}
         _name_lines(axes, [line for line in figure.lines if not line.quoted or line.name not in ours])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rodimus_lab.records import PROJECT_ROOT, load_records
 from rodimus_lab.registry import load_plugins
-from rodimus_lab.report import FIGURES, Figure, Line, PaperResults, write_figure
+from rodimus_lab.report import FIGURES, Band, Figure, Line, PaperResults, write_figure
 from rodimus_lab.report.figure import FAMILIES, figure_csv, spread, style_of
 
 COMMITTED = PROJECT_ROOT / "results" / "figures"
@@ -86,3 +87,33 @@ def test_sources_and_what_is_missing_stand_in_the_numbers_and_the_note(tmp_path:
     empty = Figure("Recall", "n", "Accuracy", "", [], y_scale="share", missing=[("rodimus", 16), ("rodimus", 32)])
     assert empty.note == "not run: rodimus"
     assert write_figure(empty, tmp_path, "empty")[1].stat().st_size > 0
+
+
+def test_a_fitted_law_has_a_band_in_the_picture_and_in_the_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    band = Band("rodimus", (1e15, 1e16), (8.0, 6.0), (7.0, 5.5), (9.0, 6.5))
+    points = Line("rodimus", (1e15, 1e16), (8.1, 5.9), sources=("run-1", "run-2"))
+    figure = Figure(
+        "Loss",
+        "FLOPs",
+        "PPL",
+        "",
+        [points],
+        y_scale="tight",
+        missing=[("mamba", 1e15)],
+        x_marks="decades",
+        bands=[band],
+    )
+    assert figure.note == "shaded: where the fitted law lies with 95 % confidence; not run: mamba"
+    assert figure_csv(figure).splitlines() == [
+        "name,FLOPs,PPL,source,low,high",
+        "rodimus,1000000000000000.0,8.1,run-1,,",
+        "rodimus,1e+16,5.9,run-2,,",
+        "mamba,1000000000000000.0,,not run,,",
+        "rodimus,1e+15,8,fit,7,9",
+        "rodimus,1e+16,6,fit,5.5,6.5",
+    ]
+    plain = write_figure(replace(figure, bands=()), tmp_path, "plain")[0].read_text()
+    assert write_figure(figure, tmp_path, "law")[0].read_text().count("FillBetweenPolyCollection") > plain.count(
+        "FillBetweenPolyCollection"
+    )
