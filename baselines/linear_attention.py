@@ -78,6 +78,8 @@ class Recurrence(NamedTuple):
 class LinearMixer(TokenMixer):
     """S_t = alpha_t^T * S_{t-1} + k_t^T v_t, o_t = q_t S_t / sqrt(K), between what comes in and what goes out."""
 
+    SPLITS_SEQUENCE = True
+
     shape: HeadShape
     out_proj: nn.Linear
 

@@ -97,6 +97,8 @@ class Mamba2(TokenMixer):
 
     NO_DECAY = frozenset({"A_log", "D"})
 
+    SPLITS_SEQUENCE = True
+
     def __init__(self, config: Mamba2Config, d_model: int):
         super().__init__()
         self.config, self.shape = config, config.shape(d_model)

@@ -60,6 +60,8 @@ class StreamingLLMConfig(AttentionConfig):
 class StreamingLLM(Attention):
     """See the module's docstring and `StreamingLLMConfig`."""
 
+    SPLITS_SEQUENCE = False
+
     config: StreamingLLMConfig
 
     def init_state(

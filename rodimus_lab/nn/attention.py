@@ -18,6 +18,7 @@ from rodimus_lab.nn.norm import Norm, linear_of_step
 from rodimus_lab.nn.rotary import rotary_frequency, rotary_table, rotate
 from rodimus_lab.ops.attention import KVCache, attention, attention_step
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.sequence import first_position
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -80,6 +81,8 @@ class AttentionConfig(TokenMixerConfig):
 class Attention(TokenMixer):
     """See `AttentionConfig`. State: a `KVCache` of rotated keys and of values."""
 
+    SPLITS_SEQUENCE = True
+
     def __init__(self, config: AttentionConfig, d_model: int):
         super().__init__()
         self.config = config
@@ -133,5 +136,5 @@ class Attention(TokenMixer):
         if segments is not None:
             offset_B = torch.zeros(batch, dtype=torch.long, device=x_BTD.device) if state is None else state.length_B
             return segments.positions_BT(offset_B)
-        index_1T = torch.arange(length, device=x_BTD.device).unsqueeze(0)
+        index_1T = first_position(length) + torch.arange(length, device=x_BTD.device).unsqueeze(0)
         return index_1T if state is None else index_1T + state.length_B.unsqueeze(1)

@@ -46,6 +46,8 @@ class FeedForwardConfig(TokenMixerConfig):
 class FeedForward(TokenMixer):
     """See `FeedForwardConfig`."""
 
+    SPLITS_SEQUENCE = True
+
     def __init__(self, config: FeedForwardConfig, d_model: int):
         super().__init__()
         self.activation = config.activation

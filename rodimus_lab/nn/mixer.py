@@ -6,7 +6,7 @@ Shapes: B batch, T time, D model width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,11 @@ class TokenMixer(nn.Module, ABC):
     """A sublayer: maps x_BTD to y_BTD, causally, with an explicit state.
 
     One `forward` serves training and scoring (no state in), prefill (a fresh state and T > 1) and decoding (T = 1).
+    A class sets `SPLITS_SEQUENCE` where all that it does along time goes through operators that reach over to other
+    ranks (`ops/sequence.py`).
     """
+
+    SPLITS_SEQUENCE: ClassVar[bool] = False
 
     @abstractmethod
     def forward(

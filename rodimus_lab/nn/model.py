@@ -13,12 +13,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from rodimus_lab.config import Config
+from rodimus_lab.errors import UserError
 from rodimus_lab.nn.block import Block, BlockConfig
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer
 from rodimus_lab.nn.norm import Norm
 from rodimus_lab.ops.cross_entropy import cross_entropy
 from rodimus_lab.ops.linear_step import linear_step
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.sequence import first_position, refuse_state, sequence_shard
 
 IGNORE = -100
 
@@ -126,6 +128,15 @@ class LanguageModel(nn.Module):
         for block in self.blocks:
             block.init_weights(Initializer(init.std, out_scale))  # type: ignore[operator]
 
+    def check_splits_sequence(self) -> None:
+        """Raise `UserError`, naming the sublayer, where this model does not run on sequences split over ranks."""
+        for block in self.blocks:
+            for mixer in block.mixers:  # type: ignore[union-attr]
+                if not mixer.SPLITS_SEQUENCE:
+                    raise UserError(
+                        f"{type(mixer).__name__} does not run on sequences split over ranks; give each rank whole ones"
+                    )
+
     @property
     def head_weight_VD(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
@@ -147,8 +158,11 @@ class LanguageModel(nn.Module):
         self, ids_BT: Tensor, state: ModelState | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, ModelState | None]:
         """Token ids to final normalised activations x_BTD, and the new state where one came in."""
+        if sequence_shard() is not None:
+            refuse_state("a model", state, segments)
         x_BTD = self.embedding(ids_BT)
-        length_B = ids_BT.new_zeros(ids_BT.shape[0]) if state is None else state.length_B
+        start = first_position(ids_BT.shape[1])
+        length_B = ids_BT.new_full((ids_BT.shape[0],), start) if state is None else state.length_B
         if self.positions is not None or state is not None:
             documents = segments or Segments(torch.zeros_like(ids_BT))
             positions_BT = documents.positions_BT(length_B)

@@ -163,6 +163,8 @@ class LowRank(nn.Module):
 class Rodimus(TokenMixer):
     """See the module's docstring and `RodimusConfig`."""
 
+    SPLITS_SEQUENCE = True
+
     def __init__(self, config: RodimusConfig, d_model: int):
         super().__init__()
         self.config = config

@@ -15,6 +15,7 @@ from rodimus_lab.ops.gated_linear import gated_linear
 from rodimus_lab.ops.installed import installed
 from rodimus_lab.ops.mamba_ssm import load_mamba_ssm
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.sequence import sequence_shard
 
 CHUNK = 256  # of mamba-ssm's kernels, the authors' choice
 
@@ -41,6 +42,7 @@ def ssd(
         "dtype": x_BTHP.dtype,
         "length": x_BTHP.shape[1],
         "packed": segments is not None,
+        "split": sequence_shard() is not None,
     }
     run = choose("ssd", backend, facts).run
     return run(x_BTHP, dt_BTH, A_H, B_BTN, C_BTN, state_BHNP, segments)
@@ -82,13 +84,15 @@ def _mamba_ssm(
     return y, last.transpose(-1, -2)
 
 
-def _mamba_ssm_why_not(device: str, dtype: torch.dtype, length: int, packed: bool) -> str | None:
+def _mamba_ssm_why_not(device: str, dtype: torch.dtype, length: int, packed: bool, split: bool) -> str | None:
     if device != "cuda":
         return "mamba-ssm's kernels need a CUDA device"
     if not installed("mamba_ssm"):
         return "mamba-ssm is not installed (pip install -e '.[gpu]' on a CUDA machine)"
     if packed:
         return "padding and packed documents go through another path"
+    if split:
+        return "sequences split over ranks go through another path"
     if length == 1:
         return "it is for more than one token at a time"
     return "it has no float64" if dtype == torch.float64 else None
@@ -98,5 +102,5 @@ declare(
     "ssd",
     Backend("mamba_ssm", _mamba_ssm, _mamba_ssm_why_not),
     Backend("gated_linear", by_gated_linear),
-    example={"dtype": torch.bfloat16, "length": 512, "packed": False},
+    example={"dtype": torch.bfloat16, "length": 512, "packed": False, "split": False},
 )

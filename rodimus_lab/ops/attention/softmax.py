@@ -19,6 +19,7 @@ from rodimus_lab.ops.attention.masks import cached_token_mask, new_token_mask
 from rodimus_lab.ops.backend import Backend, choose, declare
 from rodimus_lab.ops.installed import installed
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.sequence import SequenceShard, refuse_state, sequence_shard, sharded_sequence, tail_before
 
 
 def attention(
@@ -40,6 +41,9 @@ def attention(
     `scale` defaults to 1/sqrt(K). With a cache in, the tokens continue what it holds and the updated cache comes out.
     Padding tokens give arbitrary finite values. Raises `UserError` for a backend that cannot run.
     """
+    if (shard := sequence_shard()) is not None:
+        refuse_state("attention", cache, segments, sinks or None)
+        return _across_ranks(shard, q_BTHK, k_BTGK, v_BTJV, window, scale, backend), None
     length = q_BTHK.shape[1]
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
     mask: Tensor | None
@@ -78,6 +82,21 @@ def attention(
     }
     run = choose("attention", backend, facts).run
     return run(q_BTHK, k_BTGK, v_BTJV, mask, scale, window), new_cache
+
+
+def _across_ranks(
+    shard: SequenceShard, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None, backend: str
+) -> Tensor:
+    """Over the keys of this rank and of those before it, as far as they are in reach.
+
+    Queries of zeros stand before this rank's own, so that any backend's causal mask fits; their outputs are dropped.
+    """
+    reach = shard.size * k.shape[1] if window is None else window - 1
+    k, v = (torch.cat([tail_before(shard, x, reach), x], dim=1) for x in (k, v))
+    before = k.shape[1] - q.shape[1]
+    q = torch.cat([q.new_zeros(q.shape[0], before, *q.shape[2:]), q], dim=1)
+    with sharded_sequence(None):
+        return attention(q, k, v, window=window, scale=scale, backend=backend)[0][:, before:]
 
 
 def _are_sinks(k_BTGK: Tensor, sinks: int, cache: KVCache | None, segments: Segments | None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rodimus_lab.ops.backend import Backend, choose, declare
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.sequence import halo, sequence_shard, sharded_sequence
 from rodimus_lab.ops.short_conv import short_conv
 from rodimus_lab.ops.triton_facts import why_no_triton
 
@@ -45,6 +46,9 @@ def conv_gate(
     Without a convolution x' = SiLU(x) and the state stays what it is; without a gate v = x. For `state_BWM`, the last
     W-1 inputs, and `segments` see `short_conv`. Raises `UserError` for a backend that cannot run.
     """
+    split = sequence_shard() is not None
+    if split and conv_weight_MW is not None:
+        state_BWM = halo("the short convolution", x_BTM, conv_weight_MW.shape[1] - 1, state_BWM, segments)
     facts = {
         "device": x_BTM.device.type,
         "dtype": x_BTM.dtype,
@@ -55,7 +59,10 @@ def conv_gate(
         "state": state_BWM is not None,
     }
     run = choose("conv_gate", backend, facts).run
-    return run(x_BTM, conv_weight_MW, conv_bias_M, gate, state_BWM, segments)
+    if not split:
+        return run(x_BTM, conv_weight_MW, conv_bias_M, gate, state_BWM, segments)
+    with sharded_sequence(None):  # The convolution inside has what it needs of other ranks.
+        return run(x_BTM, conv_weight_MW, conv_bias_M, gate, state_BWM, segments)
 
 
 def composed(

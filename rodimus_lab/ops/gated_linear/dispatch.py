@@ -13,9 +13,11 @@ from torch import Tensor
 from rodimus_lab.ops.backend import Backend, choose, declare
 from rodimus_lab.ops.gated_linear.chunked import chunked
 from rodimus_lab.ops.gated_linear.naive import naive
+from rodimus_lab.ops.gated_linear.sharded import across_ranks
 from rodimus_lab.ops.gated_linear.step import one_step
 from rodimus_lab.ops.installed import installed
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.sequence import refuse_state, sequence_shard
 from rodimus_lab.ops.triton_facts import why_no_triton
 
 
@@ -38,7 +40,11 @@ def gated_linear(
     the state alone and give 0; each document after the first starts from a zero state.
 
     Returns o_BTHV in v's dtype and the state after the last token. Raises `UserError` for a backend that cannot run.
+    Where the sequence is split over ranks (`ops/sequence.py`), the outputs and the state are those of the whole one.
     """
+    shard = sequence_shard()
+    if shard is not None:
+        refuse_state("the gated linear recurrence", state_BHKV, segments)
     batch, length, heads, key_width = q_BTHK.shape
     value_width = v_BTHV.shape[-1]
     wide = torch.promote_types(v_BTHV.dtype, torch.float32)
@@ -64,10 +70,11 @@ def gated_linear(
         "dtype": v_BTHV.dtype,
         "key_width": key_width,
     }
-    run = choose("gated_linear", backend, facts).run
-    o_BTHV, state_BHKV = run(
-        q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK, log_beta_BTHV, scale, state_BHKV.to(wide), segments
-    )
+    chosen = choose("gated_linear", backend, facts).run
+    arguments = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK, log_beta_BTHV, scale, state_BHKV.to(wide), segments)
+    if shard is not None:
+        return across_ranks(lambda: chosen(*arguments), shard, q_BTHK, log_alpha_BTHK, log_beta_BTHV, scale)
+    o_BTHV, state_BHKV = chosen(*arguments)
     return (o_BTHV if padding_BT11 is None else o_BTHV.masked_fill(padding_BT11, 0.0)), state_BHKV
 
 

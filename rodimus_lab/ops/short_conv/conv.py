@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rodimus_lab.ops.backend import Backend, choose, declare
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.sequence import halo
 
 
 def short_conv(
@@ -32,6 +33,7 @@ def short_conv(
     arbitrary.
     """
     width = weight_DW.shape[1]
+    state_BWD = halo("the short convolution", x_BTD, width - 1, state_BWD, segments)
     weight_DW = weight_DW.to(x_BTD.dtype)
     if bias_D is not None:
         bias_D = bias_D.to(x_BTD.dtype)
