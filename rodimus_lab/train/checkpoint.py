@@ -14,11 +14,13 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
@@ -34,11 +36,22 @@ MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors"
 STEP = re.compile(r"step-(\d{8})")
 
 
+class Pending(NamedTuple):
+    """A checkpoint that is being written: its step, folder and state as they were, and this rank's part of the work."""
+
+    step: int
+    folder: Path
+    state: Mapping[str, Any]
+    written: Future[Any]
+
+
 class CheckpointStore:
     """The checkpoints of one run. Every rank calls every method; the main one alone makes and removes folders."""
 
     def __init__(self, folder: Path, world: World, *, keep_last: int = 2):
         self.folder, self.world, self.keep_last = folder, world, max(1, keep_last)
+        self._pending: Pending | None = None
+        self._group: Any = None
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, damaged ones included, ascending."""
@@ -50,23 +63,67 @@ class CheckpointStore:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, in_background: bool = False
+    ) -> None:
         """Write a checkpoint and remove all but the newest `keep_last` up to `step`.
 
-        Raises `UserError` on every rank where the disk refuses on one; nothing of the attempt is left then.
+        `in_background` copies the tensors and returns; the checkpoint is there once `finish` or `settle` has found it
+        written, and the one before it until then. Raises `UserError` on every rank where the disk refuses on one;
+        nothing of the attempt is left then.
         """
-        target, temporary = self.path(step), self.folder / f".tmp-step-{step:08d}"
-        try:
+        self.finish()
+        temporary = self.folder / f".tmp-step-{step:08d}"
+        with self._or_nothing(temporary):
             self._together(lambda: self._clear(temporary), main=True)
             self._together(
                 lambda: write_tensors(temporary / f"random-{self.world.rank:05d}.safetensors", _random_state())
             )
+            if in_background:
+                self._together(lambda: self._begin(step, temporary, tensors, state))
+                return
             self._together(lambda: self._write_shards(temporary / TENSORS, tensors))
-            self._together(lambda: self._seal(temporary, target, state), main=True)
+            self._together(lambda: self._seal(temporary, self.path(step), state), main=True)
+        self._remove_old(step)
+
+    def settle(self) -> None:
+        """`finish`, where every rank has written its part of what is in the background; else nothing."""
+        if self._pending is not None and not self.world.any(not self._pending.written.done()):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is written in the background, and put it in its place. Raises as `save` does."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        with self._or_nothing(pending.folder):
+            self._together(lambda: pending.written.result() and None)
+            self._together(lambda: self._seal(pending.folder, self.path(pending.step), pending.state), main=True)
+        self._remove_old(pending.step)
+
+    def _begin(self, step: int, temporary: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        if self._group is None and self.world.size > 1:  # Its own, so as not to meet training's collectives.
+            self._group = dist.new_group(backend="gloo")
+        # Of tensors on a GPU torch makes the copies; those on the CPU it would write as they are by then.
+        copies = {name: tensor.detach().clone() if tensor.is_cpu else tensor for name, tensor in tensors.items()}
+        with _quiet():
+            writer = dcp.HuggingFaceStorageWriter(str(temporary / TENSORS), save_distributed=True)
+            written = dcp.async_save(
+                copies, storage_writer=writer, process_group=self._group, no_dist=self.world.size == 1
+            )
+        assert isinstance(written, Future)
+        self._pending = Pending(step, temporary, json.loads(canonical_json(state)), written)
+
+    @contextmanager
+    def _or_nothing(self, temporary: Path) -> Iterator[None]:
+        try:
+            yield
         except UserError:
             if self.world.main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+    def _remove_old(self, step: int) -> None:
         if self.world.main:
             for old in [found for found in self.steps() if found <= step][: -self.keep_last]:
                 shutil.rmtree(self.path(old))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,18 +14,42 @@ from torch import Tensor
 
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModel
-from rodimus_lab.train.signals import Interrupted
+from rodimus_lab.ops.sequence import SequenceShard, sharded_sequence
+from rodimus_lab.train.failures import Ledger, end_process
+
+__all__ = ["World", "device_type", "end_process", "session", "whole"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of this run and the device of this one. With one rank every collective is the identity."""
+    """The ranks of this run and the device of this one. With one rank every collective is the identity.
+
+    The ranks form `replicas` groups that each hold the whole model, sharded among their ranks (HSDP; 1: FSDP). Each
+    `parts` consecutive ranks share their sequences, of which each has a part (`ops/sequence.py`).
+    """
 
     rank: int
     size: int
     device: torch.device
+    replicas: int = 1
+    parts: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of a batch this rank reads, of `data_size`; ranks that share sequences read the same."""
+        return self.rank // self.parts
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.parts
+
+    def part_of(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """This rank's part of the sequences in a batch of (B, T) tensors."""
+        if self.parts == 1:
+            return batch
+        return tuple(tensor.chunk(self.parts, dim=1)[self.rank % self.parts] for tensor in batch)
 
     @property
     def main(self) -> bool:
@@ -66,14 +88,18 @@ class World:
             torch.cuda.synchronize(self.device)
 
     def place(self, model: LanguageModel) -> None:
-        """Move the model to the device; with several ranks shard its parameters, block by block (FSDP2)."""
+        """Move the model to the device; with several ranks shard its parameters, block by block (FSDP2, or HSDP)."""
         if self.size == 1:
             model.to(self.device)
             return
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        mesh = init_device_mesh(self.device.type, (self.size,))
+        if self.replicas == 1:
+            mesh = init_device_mesh(self.device.type, (self.size,))
+        else:
+            shape, names = (self.replicas, self.size // self.replicas), ("replicate", "shard")
+            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -96,14 +122,18 @@ def device_type(asked: str | None = None) -> str:
 
 
 @contextmanager
-def session(device: str | None = None) -> Iterator[World]:
+def session(device: str | None = None, *, replicas: int = 1, parts: int = 1) -> Iterator[World]:
     """The world of this process: its own, or that of `torchrun`, joined here and left at the end.
 
-    `device` is "cpu" or "cuda", by default cuda where there is one. Where ranks fail, one of them raises, and
-    names itself; the others end without a word.
+    `device` is "cpu" or "cuda", by default cuda where there is one; for `replicas` and `parts` see `World`. Where ranks
+    fail, one of them raises, rank 0 where it can, and says which failed; the others end without a word. Raises
+    `UserError` where the ranks do not find one another or cannot be grouped so.
     """
     name = device_type(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    for what, count in (("replicas", replicas), ("sequence_parallel", parts)):
+        if count < 1 or size % count:
+            raise UserError(f"{what} is {count}, which does not divide {size} rank{'s' * (size > 1)}; choose a divisor")
     if size == 1:
         yield World(0, 1, torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name))
         return
@@ -112,25 +142,32 @@ def session(device: str | None = None) -> Iterator[World]:
         if local >= torch.cuda.device_count():
             raise UserError(f"rank {local} has no GPU of its own; start at most {torch.cuda.device_count()} a machine")
         torch.cuda.set_device(local)
-    store, rank, size = next(iter(dist.rendezvous("env://")))
     backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("train", store), rank=rank, world_size=size)
     try:
-        yield World(rank, size, torch.device(name, local) if name == "cuda" else torch.device(name))
+        store, rank, size = next(iter(dist.rendezvous("env://")))
+        # torchrun's store outlives a restart, and what the ranks of before left there would mislead those of now.
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=dist.PrefixStore("train", store), rank=rank, world_size=size)
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"rank {os.environ.get('RANK')} of {size} does not meet the others at {place} ({reason}); see that "
+            "torchrun started all of them and that the address can be reached"
+        ) from None
+    ledger = Ledger(store, rank, size)
+    try:
+        shard = None
+        if parts > 1:
+            groups = [dist.new_group(list(range(start, start + parts))) for start in range(0, size, parts)]
+            shard = SequenceShard(groups[rank // parts], rank % parts, parts)
+        place_of_rank = torch.device(name, local) if name == "cuda" else torch.device(name)
+        with sharded_sequence(shard):
+            yield World(rank, size, place_of_rank, replicas, parts)
     except Exception as error:
-        if store.add("failures", 1) > 1:
-            time.sleep(1)  # torchrun ends the others when one rank ends: let the one that speaks finish.
-            end_process(error.exit_code if isinstance(error, Interrupted) else 2 if isinstance(error, UserError) else 1)
-        if isinstance(error, UserError) and not isinstance(error, Interrupted) and rank > 0:
-            raise UserError(f"rank {rank}: {error}") from None
-        error.add_note(f"on rank {rank} of {size}")
-        raise
+        verdict = ledger.verdict(error)
+        if verdict is error:
+            raise
+        raise verdict from None
+    ledger.close()
     dist.destroy_process_group()
-
-
-def end_process(code: int) -> NoReturn:
-    """End a process that was a rank, without Python's own tidying up: sharded models leave the threads of their process
-    group behind, and one of these may abort the process while Python goes down."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

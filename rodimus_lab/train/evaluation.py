@@ -31,7 +31,8 @@ def evaluate(model: LanguageModel, feed: Feed, world: World, rows: int, precisio
             metrics |= {f"{split}_accuracy": right / answers, f"{split}_loss": nll / answers}
             continue
         with autocast(world.device, precision):
-            total = negative_log_likelihood(model, filled(batches(rows), rows), world.device)
+            parts = map(world.part_of, filled(batches(rows), rows))
+            total = negative_log_likelihood(model, parts, world.device)
         nll, tokens = world.sum(total).tolist()
         score = summarize(nll, int(tokens), feed.words.get(split))
         metrics |= {f"{split}_{name}": score[name] for name in ("ppl", "word_ppl") if name in score}

@@ -23,7 +23,8 @@ Batch = tuple[Tensor, ...]
 
 
 class Loader(Protocol):
-    """Endless batches: this rank's rows of one global batch at a time. The state is JSON and the same on all ranks."""
+    """Endless batches: this rank's rows of one global batch at a time (`World.data_rank`), of whole sequences. The
+    state is JSON and the same on all ranks."""
 
     def __next__(self) -> Batch: ...
 
@@ -90,11 +91,11 @@ def _open_text(recipe: Recipe, data: DataConfig, world: World) -> Feed:
             f"{recipe.model.vocab_size}; enlarge it"
         )
     blocks = TokenBlocks(prepared, "train", data.seq_len)
-    loader = BlockLoader(blocks, batch_size, recipe.seed, world.rank, world.size)
+    loader = BlockLoader(blocks, batch_size, recipe.seed, world.data_rank, world.data_size)
     splits = [split for split in prepared.splits if split != "train"]
 
     def reader(split: str) -> Callable[[int], Iterable[Batch]]:
-        return lambda rows: eval_batches(prepared, split, data.seq_len, rows, world.rank, world.size)
+        return lambda rows: eval_batches(prepared, split, data.seq_len, rows, world.data_rank, world.data_size)
 
     return Feed(
         train=loader,

@@ -43,10 +43,12 @@ class TrainOptions:
     """What does not change a run's outcome.
 
     `device`: cpu or cuda, by default cuda where there is one. `micro_batch_size`: rows at a time on a rank, by default
-    as many as suit the device. `compile`: by default on CUDA only. `capture`: micro-batches as CUDA graphs, by default
-    for one process with CUDA. `recompute` saves memory for some time (`nn/recompute.py`). `checkpoint_every` steps, the
-    newest `keep_last` are kept. `stop_at_step` and `max_seconds` end a session early, with a checkpoint. `resume=False`
-    starts an unfinished run afresh.
+    as many as suit the device. `compile`: by default on CUDA only, and not where sequences are split. `capture`:
+    micro-batches as CUDA graphs, by default for one process with CUDA. `recompute` saves memory for some time
+    (`nn/recompute.py`). `checkpoint_every` steps, the newest `keep_last` are kept; with `async_save` training goes on
+    while they are written. With several ranks, `replicas` groups of them each hold the whole model, and each
+    `sequence_parallel` of them share their sequences. `stop_at_step` and `max_seconds` end a session early, with a
+    checkpoint. `resume=False` starts an unfinished run afresh.
     """
 
     device: str | None = None
@@ -56,6 +58,9 @@ class TrainOptions:
     recompute: bool = False
     checkpoint_every: int = 1000
     keep_last: int = 2
+    async_save: bool = False
+    replicas: int = 1
+    sequence_parallel: int = 1
     runs_root: Path | None = None
     checkpoints_root: Path | None = None
     progress: bool = True
@@ -65,7 +70,14 @@ class TrainOptions:
     resume: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "checkpoint_every", "keep_last", "stop_at_step"):
+        for name in (
+            "micro_batch_size",
+            "checkpoint_every",
+            "keep_last",
+            "stop_at_step",
+            "replicas",
+            "sequence_parallel",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
@@ -91,7 +103,8 @@ def train(recipe: Recipe, options: TrainOptions | None = None, *, open_feed: Ope
     finite, and `UserError` for what stands in the way.
     """
     options = options or TrainOptions()
-    with session(options.device) as world, ExitStack() as stack:
+    groups = {"replicas": options.replicas, "parts": options.sequence_parallel}
+    with session(options.device, **groups) as world, ExitStack() as stack:
         run = RunDir(options.runs_root or runs_root(), recipe.experiment, recipe.id)
         folder = (options.checkpoints_root or checkpoints_root()) / recipe.experiment / recipe.id
         if world.from_main(run.finished):
@@ -117,8 +130,8 @@ class Trainer:
         self.recipe, self.feed, self.options = recipe, feed, options
         self.run, self.world, self.folder = run, world, folder
         batch, seq_len, device = recipe.budget.batch_size, recipe.data.seq_len, world.device
-        if batch % world.size:
-            raise UserError(f"a batch of {batch} sequences does not divide over {world.size} ranks; start fewer")
+        if batch % world.data_size:
+            raise UserError(f"a batch of {batch} sequences does not divide over {world.data_size} ranks; start fewer")
         on_cuda = device.type == "cuda"
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(device)  # What an earlier run of this process took is not this one's.
@@ -127,10 +140,12 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.model = recipe.model.build()
         self.groups = decay_groups(self.model)
+        if world.parts > 1:
+            self._check_parts()
         self.params = sum(p.numel() for p in self.model.parameters())
         for block in self.model.blocks:
             block.recompute = options.recompute  # type: ignore[assignment]
-        self.compiled = on_cuda if options.compile is None else options.compile
+        self.compiled = on_cuda and world.parts == 1 if options.compile is None else options.compile
         if self.compiled:
             compile_blocks(self.model)
         world.place(self.model)
@@ -140,10 +155,10 @@ class Trainer:
         self.moments = moments(self.model, self.optimizer)
         self.state = TrainState()
         self.window = torch.zeros(2, dtype=torch.float64, device=device)
-        rows = options.micro_batch_size or default_rows(batch // world.size, seq_len, device)
+        rows = options.micro_batch_size or default_rows(batch // world.data_size, seq_len // world.parts, device)
         capture = on_cuda and world.size == 1 and options.capture is not False
         self.stepper = Stepper(
-            self.model, self.optimizer, recipe, world, min(rows, batch // world.size), capture=capture
+            self.model, self.optimizer, recipe, world, min(rows, batch // world.data_size), capture=capture
         )
         if on_cuda and options.micro_batch_size is None and world.size == 1:
             fit_rows(self.stepper, self._first_batch() if feed.questions else None)
@@ -157,6 +172,14 @@ class Trainer:
         peak = peak_flops(device_name(device), recipe.precision)
         # Of questions, the head sees so few tokens that FLOPs a token would mislead.
         self.peak = None if peak is None or feed.questions else peak * world.size
+
+    def _check_parts(self) -> None:
+        parts, seq_len = self.world.parts, self.recipe.data.seq_len
+        if seq_len % parts:
+            raise UserError(f"sequences of {seq_len} tokens do not divide over {parts} ranks; choose a divisor")
+        if self.feed.questions:
+            raise UserError("questions and answers are not split over ranks; leave out sequence_parallel")
+        self.model.check_splits_sequence()
 
     @property
     def done(self) -> bool:
@@ -219,7 +242,7 @@ class Trainer:
     def _step(self) -> None:
         batch = next(self.feed.train)
         self.state.step += 1
-        loss, norm = self.stepper.step(self.state.step, *batch)
+        loss, norm = self.stepper.step(self.state.step, *self.world.part_of(batch))
         self.window += torch.stack([loss, norm])
 
     def _first_batch(self) -> Batch:
@@ -238,6 +261,7 @@ class Trainer:
             self._check()
         if log:
             self._log()
+            self.store.settle()
         if test:
             self._evaluate()
         if save:
@@ -254,7 +278,7 @@ class Trainer:
         self.feed.train.load_state_dict(loader_state)
         for _ in range(step, bad):
             batch = next(self.feed.train)
-        name = find_non_finite(self.model, lambda: self.stepper.backward(*batch))
+        name = find_non_finite(self.model, lambda: self.stepper.backward(*self.world.part_of(batch)))
         name = next(filter(None, self.world.gather(name)), "the loss or the gradient norm (not so when run again)")
         saved = self.store.steps()
         kept = f"the checkpoint of step {saved[-1]} is kept" if saved else "no checkpoint was written yet"
@@ -297,7 +321,7 @@ class Trainer:
             state.metrics_bytes = self.run.metrics_size() if self.world.main else 0
             state.seconds, state.peak_memory_bytes = self._seconds(), memory
             values = {"state": asdict(state), "loader": self.feed.train.state_dict(), "data": dict(self.feed.facts)}
-            self.store.save(state.step, self._tensors(), values)
+            self.store.save(state.step, self._tensors(), values, in_background=self.options.async_save)
 
     def _maybe_stop(self, signals: StopSignal) -> None:
         options, step = self.options, self.state.step
@@ -307,6 +331,7 @@ class Trainer:
             return
         self._check()
         self._save()
+        self.store.finish()
         numbers = [number for number in self.world.gather(signals.received) if number is not None]
         cause = f"by {numbers[0].name}" if numbers else "as asked"
         raise Interrupted(
@@ -316,6 +341,7 @@ class Trainer:
         )
 
     def _finish(self) -> dict[str, Any]:
+        self.store.finish()
         self._export(FINAL)
         memory = self._peak_memory()
         record: dict[str, Any] = {}

@@ -136,3 +136,57 @@ def test_a_checkpoint_folder_that_cannot_be_made(tmp_path):
     Path(tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(UserError, match="choose another place for checkpoints"):
         train(recipe, options(tmp_path), open_feed=memory_feed)
+
+
+def test_what_is_saved_in_the_background_is_what_was_there_when_asked(tmp_path):
+    store = saved(tmp_path, 1)
+    kept = tensors(2.0)
+    state = {"step": 2}
+    torch.manual_seed(2)
+    store.save(2, kept, state, in_background=True)
+    for tensor in kept.values():
+        tensor.fill_(99.0)
+    state["step"] = 99
+    torch.rand(5)
+    assert store.steps() == [1], "a checkpoint took its place before it was whole"
+    store.finish()
+    assert store.steps() == [1, 2]
+    assert find_damage(store.path(2)) is None
+    read = tensors(0.0)
+    assert CheckpointStore(tmp_path, ALONE).restore(read, print) == {"step": 2}
+    assert all(torch.equal(read[name], value) for name, value in tensors(2.0).items())
+    torch.manual_seed(2)
+    expected = torch.rand(3)
+    CheckpointStore(tmp_path, ALONE).restore(read, print)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_one_that_was_cut_off_in_the_background_is_not_taken(tmp_path):
+    store = saved(tmp_path, 1)
+    store.save(2, tensors(2.0), {"step": 2}, in_background=True)
+    store._pending.written.result()
+    read = tensors(0.0)
+    after = CheckpointStore(tmp_path, ALONE)
+    assert after.restore(read, print) == {"step": 1}
+    after.save(3, tensors(3.0), {"step": 3})
+    assert after.steps() == [1, 3]
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_disk_that_fails_in_the_background_is_told_at_the_next_save(tmp_path, monkeypatch):
+    store = saved(tmp_path, 1)
+
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.distributed.checkpoint.hf_storage.save", full, raising=False)
+        patch.setattr("torch.distributed.checkpoint.filesystem._write_item", full, raising=False)
+        patch.setattr("torch.distributed.checkpoint.filesystem._write_files_from_queue", full, raising=False)
+        store.save(2, tensors(2.0), {"step": 2}, in_background=True)
+        with pytest.raises(UserError, match=r"No space left on device.*free the disk and resume the run"):
+            store.finish()
+    assert store.steps() == [1]
+    assert not list(tmp_path.glob(".tmp-*"))
+    store.save(2, tensors(2.0), {"step": 2})
+    assert store.steps() == [1, 2]

@@ -19,15 +19,16 @@ CHANGES = {"dropout": 0.0}  # The ranks drop other activations than one process 
 RECIPE = tiny_recipe(**CHANGES)
 
 
-def torchrun(root, *, settings=None, faults=None):
+def torchrun(root, *, settings=None, faults=None, changes=CHANGES, restarts=0):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    command += ["--max-restarts", str(restarts)]
     command += [
         train_fakes.__file__,
         str(root),
-        json.dumps(CHANGES),
+        json.dumps(changes),
         json.dumps(settings or {}),
         json.dumps(faults or {}),
     ]
@@ -35,8 +36,8 @@ def torchrun(root, *, settings=None, faults=None):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
 
 
-def metrics(root):
-    return RunDir(root / "runs", RECIPE.experiment, RECIPE.id).read_metrics()
+def metrics(root, recipe=RECIPE):
+    return RunDir(root / "runs", recipe.experiment, recipe.id).read_metrics()
 
 
 def same(parts, whole):
@@ -83,3 +84,28 @@ def test_a_failing_rank_speaks_alone(tmp_path):
     assert done.stderr.count("rank 1: the shard train-00003.bin is corrupt; delete it") == 1
     assert "Traceback (most recent call last)" not in done.stderr.split("elastic")[0]
     assert not (run_folder(tmp_path, RECIPE) / "record.json").exists()
+
+
+def test_a_killed_rank_is_named_and_the_job_goes_on_by_itself(tmp_path, whole):
+    """Killed at batch 7, after the checkpoint of step 4."""
+    done = torchrun(tmp_path, faults={7: "kill rank 1 once"}, restarts=1)
+    assert done.returncode == 0, done.stderr
+    said = "rank 1 of 2 ended without a word; the last checkpoint is kept, and the same command goes on from there"
+    assert done.stderr.count(said) == 1
+    assert "Traceback (most recent call last)" not in done.stderr
+    assert (run_folder(tmp_path, RECIPE) / "record.json").exists()
+    same(metrics(tmp_path), metrics(whole))
+
+
+def test_from_split_sequences_and_two_replicas_to_one_process(tmp_path):
+    """Two ranks that hold the model each (HSDP) and half of every sequence, saving as they go."""
+    changes = CHANGES | {"mixing": True}
+    recipe = tiny_recipe(**changes)
+    train(recipe, options(tmp_path / "whole"), open_feed=memory_feed)
+    settings = {"sequence_parallel": 2, "replicas": 2, "async_save": True, "stop_at_step": 6}
+    done = torchrun(tmp_path, settings=settings, changes=changes)
+    assert done.returncode == 0, done.stderr
+    expected = metrics(tmp_path / "whole", recipe)
+    same(metrics(tmp_path, recipe), [line for line in expected if line["step"] <= 6])
+    train(recipe, options(tmp_path), open_feed=memory_feed)
+    same(metrics(tmp_path, recipe), expected)

@@ -21,6 +21,7 @@ from rodimus_lab.errors import UserError
 from rodimus_lab.nn.block import BlockConfig
 from rodimus_lab.nn.feedforward import FeedForwardConfig
 from rodimus_lab.nn.model import IGNORE, LanguageModelConfig
+from rodimus_lab.nn.rodimus import RodimusConfig, ValueGate
 from rodimus_lab.recipe import BudgetConfig, DataConfig, OptimizerConfig, Recipe, ScheduleConfig
 from rodimus_lab.train import Interrupted, TrainOptions, train
 from rodimus_lab.train.distributed import World, end_process
@@ -29,20 +30,27 @@ from rodimus_lab.train.feed import Batch, Feed
 VOCAB, SEQ_LEN, BATCH = 64, 16, 8
 
 
-def tiny_model(dropout: float = 0.0, tie_embeddings: bool = True) -> LanguageModelConfig:
-    block = BlockConfig(hops=((FeedForwardConfig(width=32, bias=True),),))
+def tiny_model(dropout: float = 0.0, tie_embeddings: bool = True, mixing: bool = False) -> LanguageModelConfig:
+    mixers = (RodimusConfig(n=8, beta_hat=ValueGate(rank=4)),) if mixing else ()
+    block = BlockConfig(hops=((*mixers, FeedForwardConfig(width=32, bias=True)),))
     return LanguageModelConfig(
         vocab_size=VOCAB, d_model=16, pattern=(block,), repeats=2, dropout=dropout, tie_embeddings=tie_embeddings
     )
 
 
 def tiny_recipe(
-    steps: int = 12, *, dropout: float = 0.1, eval_every: int = 5, patience: int | None = None, lr: float = 1e-2
+    steps: int = 12,
+    *,
+    dropout: float = 0.1,
+    eval_every: int = 5,
+    patience: int | None = None,
+    lr: float = 1e-2,
+    mixing: bool = False,
 ) -> Recipe:
     return Recipe(
         experiment="testing",
         label="tiny",
-        model=tiny_model(dropout),
+        model=tiny_model(dropout, mixing=mixing),
         data=DataConfig(corpus="memory", tokenizer="none", seq_len=SEQ_LEN),
         optimizer=OptimizerConfig(lr=lr),
         schedule=ScheduleConfig(warmup_steps=2, min_lr=1e-4),
@@ -69,6 +77,9 @@ class MemoryLoader:
     def __next__(self) -> Batch:
         self.number += 1
         fault = self.faults.get(str(self.number))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if fault == "kill rank 1 once" and self.world.rank == 1 and attempt == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
         if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "terminate":
@@ -83,8 +94,8 @@ class MemoryLoader:
         tokens = sequence(torch.randint(VOCAB, (self.batch_size,), generator=draw))
         # As many tokens count as chance has it, so that the mean over ranks and micro-batches must weigh them.
         dropped = torch.rand(self.batch_size, SEQ_LEN, generator=draw) < 0.3
-        share = self.batch_size // self.world.size
-        mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
+        share = self.batch_size // self.world.data_size
+        mine = slice(self.world.data_rank * share, (self.world.data_rank + 1) * share)
         return tokens[mine, :-1], tokens[:, 1:].masked_fill(dropped, IGNORE)[mine]
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,9 +109,9 @@ def evaluation(world: World, blocks: int) -> Any:
     tokens = sequence(torch.arange(blocks) * 7 % VOCAB)
 
     def batches(rows: int) -> Iterator[Batch]:
-        rounds = -(-blocks // world.size)
+        rounds = -(-blocks // world.data_size)
         for start in range(0, rounds, rows):
-            numbers = world.rank + world.size * torch.arange(start, min(start + rows, rounds))
+            numbers = world.data_rank + world.data_size * torch.arange(start, min(start + rows, rounds))
             there = tokens[numbers.clamp(max=blocks - 1)]
             yield there[:, :-1], there[:, 1:].masked_fill((numbers >= blocks)[:, None], IGNORE)
 
