@@ -93,6 +93,7 @@ def scaling_laws(
     ratio: Annotated[float | None, Field(gt=0)] = None,
     budget: BudgetName | None = None,
     corpus: str | None = None,
+    packed: bool = False,
     seed: Annotated[int, Field(ge=0)] = 0,
 ) -> Sequence[Recipe]:
     """Train models of several sizes and fit how their loss falls with compute: Figure 4, at Table 8's settings.
@@ -100,8 +101,20 @@ def scaling_laws(
     The paper budget is Table 8's sizes (or Table 9's, --table 9); the short one a ladder of five sizes from 1M to 60M
     parameters beside the embedding, trained for a fixed number of tokens a parameter; the smoke one three tiny sizes.
     """
+    recipes = _scaling_laws(model, size, table, ratio, choose_budget(budget)[0], corpus, seed)
+    return [recipe.replace(data=recipe.data.replace(packed=packed)) for recipe in recipes]
+
+
+def _scaling_laws(
+    model: str | None,
+    size: str | None,
+    table: str,
+    ratio: float | None,
+    name: BudgetName,
+    corpus: str | None,
+    seed: int,
+) -> list[Recipe]:
     load_plugins()
-    name, _ = choose_budget(budget)
     if name == "paper":
         if ratio is not None:
             raise UserError("--ratio belongs to the short and smoke budgets; leave it out, or add --budget short")

@@ -154,6 +154,7 @@ OPTION_HELP = {
     "precision": "Of matrix products.",
     "size": "A size of the table or of the ladder. Default: all of them.",
     "table": "The table whose sizes and settings these are, at the paper budget.",
+    "packed": "Let each token see its own document only, not those before it in a block.",
     "ratio": "Tokens a parameter beside the embedding, at the short and smoke budgets. Default: 8 and 2.",
 }
 

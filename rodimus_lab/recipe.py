@@ -20,11 +20,22 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 class DataConfig(Config):
     """What is read: a corpus and a tokenizer by name, cut into contiguous blocks of `seq_len` tokens (plus the next
-    one as the last target)."""
+    one as the last target).
+
+    With `packed` a token sees its own document only: state, attention and convolutions begin afresh after each
+    end-of-document token, which still predicts the next document's first token, so that as many tokens count.
+    """
 
     corpus: str
     tokenizer: str
     seq_len: Positive
+    packed: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        if not self.packed:  # As the recipes of before were written, whose ids must stay.
+            del values["packed"]
+        return values
 
 
 def _sort_of_data(value: Any) -> str:

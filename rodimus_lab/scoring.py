@@ -55,15 +55,20 @@ def token_log_likelihoods(model: LanguageModel, ids_BT: Tensor, segments: Segmen
 
 
 def negative_log_likelihood(
-    model: LanguageModel, batches: Iterable[tuple[Tensor, ...]], device: torch.device
+    model: LanguageModel,
+    batches: Iterable[tuple[Tensor, ...]],
+    device: torch.device,
+    end_token: int | None = None,
 ) -> Tensor:
-    """The float64 pair (nats, tokens counted) over batches of (inputs_BT, targets_BT; -100: not counted)."""
+    """The float64 pair (nats, tokens counted) over batches of (inputs_BT, targets_BT; -100: not counted). With
+    `end_token` documents end there, and each is read by itself."""
     total = torch.zeros(2, dtype=torch.float64, device=device)
     with scoring(model):
         for inputs_BT, targets_BT in batches:
             inputs_BT = inputs_BT.to(device, non_blocking=True)
             targets_BT = targets_BT.to(device, non_blocking=True)
-            loss_BT = model.loss(inputs_BT, targets_BT, reduction="none")
+            segments = None if end_token is None else Segments.after_ends(inputs_BT, end_token)
+            loss_BT = model.loss(inputs_BT, targets_BT, segments, reduction="none")
             total[0] += loss_BT.double().sum()
             total[1] += (targets_BT != IGNORE).sum()
     return total

@@ -6,15 +6,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rodimus_lab.data import pydoc, wikitext  # noqa: F401  (they enter their corpora)
+from rodimus_lab.data import hub, pydoc, wikitext  # noqa: F401  (they enter their corpora)
 from rodimus_lab.data.corpus import CORPORA, Corpus
 from rodimus_lab.data.files import FileCorpus
+from rodimus_lab.data.subset import Subset, parse
 from rodimus_lab.errors import UserError
 
 
 def open_corpus(name: str) -> Corpus:
-    """The corpus of that name, or of the file or folder at that path. Raises `UserError` where there is neither."""
+    """The corpus of that name, or of the file or folder at that path; with `:COUNT` (such as `pile:7b`) and perhaps
+    `@SEED` behind it so many tokens of it. Raises `UserError` where there is neither."""
     if name not in CORPORA:
+        if (asked := parse(name)) is not None and not Path(name).expanduser().exists():
+            whole = open_corpus(asked[0])
+            return Subset(whole, asked[1], asked[2], whole.name + asked[3])
         path = Path(name).expanduser()
         if path.exists():
             return FileCorpus.at(path)

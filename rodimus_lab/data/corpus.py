@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Literal, TypeAlias
 
 from rodimus_lab.data.storage import SPLITS
 from rodimus_lab.errors import UserError
 from rodimus_lab.registry import Registry
+
+Part: TypeAlias = Callable[[], Iterator[str]]
 
 
 class Corpus(ABC):
@@ -30,6 +33,19 @@ class Corpus(ABC):
     @abstractmethod
     def documents(self, split: str) -> Iterator[str]:
         """The split's documents in a fixed order, streamed. Raises `UserError` where the source cannot be read."""
+
+    def parts(self, split: str) -> Sequence[Part]:
+        """`documents` in pieces, such as files, that can each be read without the ones before. Shards do not span them,
+        so that a preparation that was broken off passes over the finished ones unread."""
+        return [partial(self.documents, split)]
+
+    def limit(self, split: str) -> int | None:
+        """How many tokens of the split are to be prepared, up to the end of a document; None for all."""
+        return None
+
+    def exhausted(self, split: str, tokens: int) -> None:
+        """Called where the split ended before its limit, after so many tokens; may raise `UserError`."""
+        return None
 
     def published_words(self, split: str) -> int | None:
         """Words plus documents of the split as its authors count them, where they do."""

@@ -101,12 +101,22 @@ def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[Chunk], workers: int | 
         pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.name, tokenizer.to_json()))
         pending: deque[Future[EncodedChunk]] = deque()
         try:
-            for chunk in chunks:
+            source, broken = iter(chunks), None
+            while broken is None:
+                try:
+                    chunk = next(source, None)
+                except UserError as error:  # What was read before it is not lost.
+                    broken = error
+                    break
+                if chunk is None:
+                    break
                 pending.append(pool.submit(_encode_in_worker, chunk))
                 if len(pending) >= 3 * workers:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+            if broken is not None:
+                raise broken
         except BrokenProcessPool:
             raise UserError(
                 "a tokenisation worker died, perhaps for lack of memory; run again with fewer workers"

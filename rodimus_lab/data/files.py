@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from rodimus_lab.data.corpus import CORPORA, Corpus
+from rodimus_lab.data.corpus import CORPORA, Corpus, Part
 from rodimus_lab.data.storage import SPLITS, data_root
 from rodimus_lab.errors import UserError
 
@@ -31,8 +32,12 @@ SPLIT_NAMES = {
 SPLIT_PATTERN = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?![a-z])", re.IGNORECASE)
 PART_PATTERN = re.compile(r"-(\d{5})-of-(\d{5})")
 PIECE_CHARACTERS = 1_000_000
+PART_BYTES = 1 << 28
+# A document longer than this would not leave memory bounded.
+LONGEST_LINE = 1 << 28
 SAMPLED_BYTES = 1 << 16
-READ_BYTES = 1 << 17
+# Packed bytes at a time: even text that packs a thousandfold unpacks in pieces of a few megabytes.
+READ_BYTES = 1 << 13
 # Files packed with `zstd --long=27` and up need a decoder that allows such windows.
 ZSTD_WINDOW = 1 << 31
 
@@ -77,9 +82,24 @@ class FileCorpus(Corpus):
         return files_fingerprint(self.files(split))
 
     def documents(self, split: str) -> Iterator[str]:
+        return self._read(self.files(split), split)
+
+    def parts(self, split: str) -> Sequence[Part]:
+        """Files, small ones together."""
+        groups: list[list[Path]] = [[]]
+        filled = 0
         for path in self.files(split):
+            groups[-1].append(path)
+            filled += path.stat().st_size if path.exists() else 0  # Reading it will name it.
+            if filled >= PART_BYTES:
+                groups.append([])
+                filled = 0
+        return [partial(self._read, group, split) for group in groups if group]
+
+    def _read(self, paths: list[Path], split: str) -> Iterator[str]:
+        for path in paths:
             for document in read_documents(path):
-                if not self._by_hash or _split_of(document) == split:
+                if not self._by_hash or split_of(document) == split:
                     yield document
 
 
@@ -177,7 +197,7 @@ def _missing_parts(path: Path) -> Iterator[Path]:
             yield other
 
 
-def _split_of(document: str) -> str:
+def split_of(document: str) -> str:
     bucket = int.from_bytes(hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()[:8], "big") % 100
     return "train" if bucket < 98 else "valid" if bucket == 98 else "test"
 
@@ -185,16 +205,34 @@ def _split_of(document: str) -> str:
 def _read_text(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8", newline="\n") as file:
         while piece := file.read(PIECE_CHARACTERS):
-            yield piece if piece.endswith("\n") else piece + file.readline()
+            yield piece if piece.endswith("\n") else piece + file.readline(PIECE_CHARACTERS)
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
-        yield from _parse_lines(path, _zstd_lines(path, file) if path.name.endswith(".zst") else file)
+        packed = path.name.endswith(".zst")
+        pieces = _unpacked(path, file) if packed else iter(partial(file.read, 1 << 20), b"")
+        yield from _parse_lines(path, _lines(path, pieces))
 
 
-def _zstd_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a zstd file of one or more frames, each of which must be whole."""
+def _lines(path: Path, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a file that comes in pieces; never more of it in memory than a line and a piece."""
+    begun: list[bytes] = []
+    length = 0
+    for piece in pieces:
+        *lines, rest = piece.split(b"\n")
+        for line in lines:
+            yield b"".join([*begun, line])
+            begun, length = [], 0
+        begun.append(rest)
+        length += len(rest)
+        if length > LONGEST_LINE:
+            raise UserError(f"{path} has a line of more than {LONGEST_LINE >> 20} MiB; cut that document or remove it")
+    yield b"".join(begun)
+
+
+def _unpacked(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """The content of a zstd file of one or more frames, each of which must be whole."""
     try:
         import zstandard
     except ImportError:
@@ -202,13 +240,11 @@ def _zstd_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
     frame = decompressor.decompressobj()
     begun = False
-    rest = b""
     try:
         while data := file.read(READ_BYTES):
             while data:
                 begun = True
-                *lines, rest = (rest + frame.decompress(data)).split(b"\n")
-                yield from lines
+                yield frame.decompress(data)
                 data = b""
                 if frame.eof:
                     data, frame, begun = frame.unused_data, decompressor.decompressobj(), False
@@ -216,7 +252,6 @@ def _zstd_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
         raise UserError(f"{path} is not a whole zstd file ({error}); fetch it again") from None
     if begun:
         raise UserError(f"{path} is not a whole zstd file (it breaks off); fetch it again")
-    yield rest
 
 
 def _parse_lines(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
@@ -239,7 +274,8 @@ def _read_parquet(path: Path) -> Iterator[str]:
     except ImportError:
         raise UserError(f"reading {path.name} needs the package 'pyarrow'; pip install -e '.[data]'") from None
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        # Unbuffered, a row group of any size would be in memory at once.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as table:
             if "text" not in table.schema_arrow.names:
                 raise UserError(f"{path} has no column 'text'; rename the column that holds the text")
             for batch in table.iter_batches(batch_size=256, columns=["text"]):

@@ -37,7 +37,8 @@ class Shard(Config):
 
 class Split(Config):
     """One split: its shards, and their sums. `matches_published` tells whether the words are as many as the corpus's
-    authors count, and is None where they do not say."""
+    authors count, and is None where they do not say. `order_hash` is SHA-256 over the shards' hashes in order; `parts`
+    says how many shards there are up to the end of each part of the source that was read to its end."""
 
     source: str
     fingerprint: str | None
@@ -48,6 +49,8 @@ class Split(Config):
     documents: Count = 0
     bytes: Count = 0
     matches_published: bool | None = None
+    order_hash: Digest | None = None
+    parts: tuple[Count, ...] = ()
     shards: tuple[Shard, ...] = ()
 
     @model_validator(mode="after")

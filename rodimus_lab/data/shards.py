@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from rodimus_lab.data.corpora import open_corpus
 from rodimus_lab.data.corpus import Corpus
-from rodimus_lab.data.encoding import Chunk, EncodedChunk, cut, encode_chunks, token_dtype
+from rodimus_lab.data.encoding import Chunk, EncodedChunk, Encoder, cut, encode_chunks, token_dtype
 from rodimus_lab.data.prepared import Manifest, PreparedData, Shard, Split, corrupt_shard
 from rodimus_lab.data.storage import cache_root, sha256_of, whole_file
 from rodimus_lab.data.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer
@@ -104,35 +108,92 @@ def _prepare_split(
     )
     manifest = _manifest(folder, corpus, tokenizer)
     done = _intact(folder, manifest, split, empty)
-    shard_count = 0
-
-    def remaining() -> Iterator[Chunk]:
-        nonlocal shard_count
-        for chunk in cut(corpus.documents(split), shard_bytes):
-            shard_count = chunk.shard + 1
-            if chunk.shard not in done:
-                yield chunk
+    stream = _Stream(corpus, split, shard_bytes, done, list(manifest.splits[split].parts) if done else [])
 
     def record(**changes: object) -> None:
         shards = tuple(done[index] for index in sorted(done))
         sums = {name: sum(getattr(shard, name) for shard in shards) for name in SUMMED}
-        entry = empty.replace(shards=shards, **sums, **changes)
+        entry = empty.replace(shards=shards, parts=tuple(stream.ends), **sums, **changes)
         manifest.replace(splits={**manifest.splits, split: entry}).write(folder)
 
-    with closing(encode_chunks(tokenizer, remaining(), workers)) as encoded:
-        for index, chunks in groupby(encoded, key=lambda chunk: chunk.shard):
-            done[index] = _write_shard(folder / f"{split}-{index:05d}.bin", chunks, lambda chunk: count(split, chunk))
-            record()
-    if shard_count == 0:
+    if stream.room > 0:
+        with closing(encode_chunks(tokenizer, stream.chunks(), workers)) as encoded:
+            for index, chunks in groupby(encoded, key=lambda chunk: chunk.shard):
+                if stream.room_before(index) <= 0:
+                    break
+                limited = stream.up_to_limit(chunks, stream.room_before(index), tokenizer)
+                done[index] = _write_shard(folder / f"{split}-{index:05d}.bin", limited, partial(count, split))
+                record()
+    if not done:
         raise UserError(
             f"the {split} split of {corpus.name} is empty; give it text (files may be named train*, valid* and test*)"
         )
+    if corpus.limit(split) is not None and stream.room > 0:
+        corpus.exhausted(split, sum(shard.tokens for shard in done.values()))
     published = corpus.published_words(split)
     counted = sum(shard.words + shard.documents for shard in done.values())
-    record(complete=True, matches_published=None if published is None else counted == published)
+    order = hashlib.sha256("".join(done[index].sha256 for index in sorted(done)).encode()).hexdigest()
+    record(complete=True, matches_published=None if published is None else counted == published, order_hash=order)
     for stale in folder.glob(f"{split}-[0-9]*.bin"):
         if stale.name not in {shard.file for shard in done.values()}:
             stale.unlink()
+
+
+class _Stream:
+    """The chunks of a split that are yet to be encoded. `done` are the shards that are there, by number, and grow as
+    they are written; `ends` are the numbers of shards up to the end of each part that was read to its end."""
+
+    def __init__(self, corpus: Corpus, split: str, shard_bytes: int, done: dict[int, Shard], ends: list[int]):
+        self.corpus, self.split, self.shard_bytes, self.done, self.ends = corpus, split, shard_bytes, done, ends
+        self._sent: deque[Chunk] = deque()
+
+    @property
+    def room(self) -> float:
+        """Tokens up to the limit that are not there."""
+        return self.room_before(sys.maxsize)
+
+    def room_before(self, index: int) -> float:
+        """Tokens that shards from number `index` on may have; infinite without a limit."""
+        limit = self.corpus.limit(self.split)
+        if limit is None:
+            return math.inf
+        return limit - sum(shard.tokens for number, shard in self.done.items() if number < index)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """In order, without those of shards that are there; finished parts are not read again."""
+        first = 0
+        for number, read in enumerate(self.corpus.parts(self.split)):
+            if number < len(self.ends) and all(index in self.done for index in range(first, self.ends[number])):
+                first = self.ends[number]
+                continue
+            end = first
+            for chunk in cut(read(), self.shard_bytes):
+                index = first + chunk.shard
+                end = index + 1
+                if index in self.done:
+                    continue
+                if self.room_before(index) <= 0:
+                    return
+                self._sent.append(chunk._replace(shard=index))
+                yield self._sent[-1]
+            self.ends[number:] = [end]
+            first = end
+
+    def up_to_limit(self, chunks: Iterator[EncodedChunk], room: float, tokenizer: Tokenizer) -> Iterator[EncodedChunk]:
+        """Encoded chunks up to the end of the document that fills `room`."""
+        for chunk in chunks:
+            sent = self._sent.popleft()
+            if chunk.tokens < room:
+                room -= chunk.tokens
+                yield chunk
+                continue
+            encode = Encoder(tokenizer)
+            for text in sent.texts:
+                document = encode(Chunk(sent.shard, [text], len(text.encode())))
+                yield document
+                room -= document.tokens
+                if room <= 0:
+                    return
 
 
 def _manifest(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> Manifest:

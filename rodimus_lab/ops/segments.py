@@ -32,6 +32,12 @@ class Segments(NamedTuple):
         counts = torch.tensor(lengths, device=device)
         return cls(torch.repeat_interleave(torch.arange(len(lengths), device=device), counts)[None])
 
+    @classmethod
+    def after_ends(cls, ids_BT: Tensor, end_token: int) -> Segments:
+        """Of packed token ids: a document ends with each `end_token`, and the next one begins after it."""
+        ends_BT = (ids_BT == end_token).long()
+        return cls(ends_BT.cumsum(1) - ends_BT)
+
     @property
     def valid_BT(self) -> Tensor:
         """True for tokens, False for padding."""

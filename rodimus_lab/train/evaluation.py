@@ -32,7 +32,7 @@ def evaluate(model: LanguageModel, feed: Feed, world: World, rows: int, precisio
             continue
         with autocast(world.device, precision):
             parts = map(world.part_of, filled(batches(rows), rows))
-            total = negative_log_likelihood(model, parts, world.device)
+            total = negative_log_likelihood(model, parts, world.device, feed.end_token)
         nll, tokens = world.sum(total).tolist()
         score = summarize(nll, int(tokens), feed.words.get(split))
         metrics |= {f"{split}_{name}": score[name] for name in ("ppl", "word_ppl") if name in score}

@@ -38,13 +38,15 @@ class Feed:
     """`evaluation[split](rows)` gives this rank's part of that split, at most `rows` rows a batch, as many batches on
     every rank and every token of the split once; `words[split]` is its number of words, `facts` what identifies the
     data, in JSON, for the run's environment. With `questions` the batches are those of questions and answers. A run is
-    at its end where a metric is above its value in `enough`."""
+    at its end where a metric is above its value in `enough`. With
+    `end_token` documents are packed and end there."""
 
     train: Loader
     evaluation: Mapping[str, Callable[[int], Iterable[Batch]]]
     words: Mapping[str, int] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     questions: bool = False
+    end_token: int | None = None
     enough: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -101,6 +103,7 @@ def _open_text(recipe: Recipe, data: DataConfig, world: World) -> Feed:
         train=loader,
         evaluation={split: reader(split) for split in splits},
         words={split: prepared.split(split).words for split in splits},
+        end_token=manifest.eos_id if data.packed else None,
         facts={
             "fingerprints": {split: prepared.fingerprint(split) for split in prepared.splits},
             "tokens": {split: prepared.split(split).tokens for split in prepared.splits},

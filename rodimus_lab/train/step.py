@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import IGNORE, LanguageModel
+from rodimus_lab.ops.segments import Segments
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.scoring import autocast
 from rodimus_lab.train.capture import CapturedMicroBatch, CapturedStep
@@ -29,7 +30,8 @@ class Stepper:
     """Does the steps of a recipe on a model. Nothing in it waits for the device.
 
     With `capture`, for one process with CUDA and batches that are all of one size, micro-batches become CUDA graphs
-    after a few steps; where a step has only one of them, the whole step does, the update included.
+    after a few steps; where a step has only one of them, the whole step does, the update included. With `end_token`
+    documents are packed and end there.
     """
 
     def __init__(
@@ -41,7 +43,9 @@ class Stepper:
         rows: int,
         *,
         capture: bool = False,
+        end_token: int | None = None,
     ):
+        self.end_token = end_token
         self.model, self.optimizer, self.recipe, self.world = model, optimizer, recipe, world
         self.rows, self.capture = rows, capture
         self._steps = 0
@@ -116,7 +120,8 @@ class Stepper:
         """Add the gradient of scale * the summed loss of a micro-batch, and return that loss."""
         with autocast(self.world.device, self.recipe.precision):
             if positions_BP is None:
-                loss = self.model.loss(inputs_BT, targets, reduction="sum")
+                segments = None if self.end_token is None else Segments.after_ends(inputs_BT, self.end_token)
+                loss = self.model.loss(inputs_BT, targets, segments, reduction="sum")
             else:
                 loss = self.model.loss(inputs_BT, targets, positions_BP=positions_BP, reduction="sum")
         (loss * scale).backward()

@@ -158,7 +158,13 @@ class Trainer:
         rows = options.micro_batch_size or default_rows(batch // world.data_size, seq_len // world.parts, device)
         capture = on_cuda and world.size == 1 and options.capture is not False
         self.stepper = Stepper(
-            self.model, self.optimizer, recipe, world, min(rows, batch // world.data_size), capture=capture
+            self.model,
+            self.optimizer,
+            recipe,
+            world,
+            min(rows, batch // world.data_size),
+            capture=capture,
+            end_token=feed.end_token,
         )
         if on_cuda and options.micro_batch_size is None and world.size == 1:
             fit_rows(self.stepper, self._first_batch() if feed.questions else None)
@@ -179,6 +185,8 @@ class Trainer:
             raise UserError(f"sequences of {seq_len} tokens do not divide over {parts} ranks; choose a divisor")
         if self.feed.questions:
             raise UserError("questions and answers are not split over ranks; leave out sequence_parallel")
+        if self.feed.end_token is not None:
+            raise UserError("packed documents are not split over ranks; leave out sequence_parallel or packed")
         self.model.check_splits_sequence()
 
     @property
