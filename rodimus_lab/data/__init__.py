@@ -2,7 +2,7 @@
 
 from rodimus_lab.data.corpora import describe, list_corpora, open_corpus
 from rodimus_lab.data.corpus import CORPORA, Corpus
-from rodimus_lab.data.encoding import measure_tokenization
+from rodimus_lab.data.encoding import measure_reading, measure_tokenization
 from rodimus_lab.data.loader import IGNORED, BlockLoader, TokenBlocks, eval_batches
 from rodimus_lab.data.prepared import Manifest, PreparedData
 from rodimus_lab.data.shards import prepare
@@ -25,6 +25,7 @@ __all__ = [
     "eval_batches",
     "list_corpora",
     "load_tokenizer",
+    "measure_reading",
     "measure_tokenization",
     "open_corpus",
     "padded_vocab_size",

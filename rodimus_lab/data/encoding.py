@@ -160,6 +160,26 @@ def measure_tokenization(
     }
 
 
+def measure_reading(corpus: str | Corpus, seconds: float, split: str = "train") -> dict[str, Any]:
+    """Reads the split for about `seconds`, as the one process does that deals documents to the workers: decompression,
+    parsing, cutting. What it reads a second bounds all workers together.
+
+    Raises `UserError` where the split is over with its first chunk.
+    """
+    corpus = open_corpus(corpus) if isinstance(corpus, str) else corpus
+    stream = cut(corpus.documents(split), sys.maxsize)
+    next(stream, None)
+    size, elapsed, start = 0, 0.0, time.perf_counter()
+    for chunk in stream:
+        size += chunk.bytes
+        elapsed = time.perf_counter() - start
+        if elapsed >= seconds:
+            break
+    if not size:
+        raise UserError(f"the {split} split of {corpus.name} is too short to be timed; choose a larger corpus")
+    return {"corpus": corpus.name, "split": split, "seconds": elapsed, "bytes_per_second": size / elapsed}
+
+
 class Encoder:
     """Encodes chunks. Most words of a text were met before, so the ids of short pieces between spaces are kept."""
 

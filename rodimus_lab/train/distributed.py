@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from rodimus_lab.train.failures import Ledger, end_process
 __all__ = ["World", "device_type", "end_process", "session", "whole"]
 
 T = TypeVar("T")
+MEETING = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def session(device: str | None = None, *, replicas: int = 1, parts: int = 1) -> 
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
     try:
-        store, rank, size = next(iter(dist.rendezvous("env://")))
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))
         # torchrun's store outlives a restart, and what the ranks of before left there would mislead those of now.
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=dist.PrefixStore("train", store), rank=rank, world_size=size)

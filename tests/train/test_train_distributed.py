@@ -5,14 +5,17 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import train_fakes
 from train_fakes import checkpoint_folder, memory_feed, options, run_folder, tiny_recipe
 
+from rodimus_lab.errors import UserError
 from rodimus_lab.records import RunDir
 from rodimus_lab.train import Interrupted, train
+from rodimus_lab.train.distributed import session
 from rodimus_lab.weights import load_model
 
 CHANGES = {"dropout": 0.0}  # The ranks drop other activations than one process does.
@@ -86,15 +89,35 @@ def test_a_failing_rank_speaks_alone(tmp_path):
     assert not (run_folder(tmp_path, RECIPE) / "record.json").exists()
 
 
-def test_a_killed_rank_is_named_and_the_job_goes_on_by_itself(tmp_path, whole):
-    """Killed at batch 7, after the checkpoint of step 4."""
-    done = torchrun(tmp_path, faults={7: "kill rank 1 once"}, restarts=1)
+def test_a_killed_rank_and_a_full_disk_are_named_and_the_job_goes_on_by_itself(tmp_path, whole):
+    """Killed at batch 7, after the checkpoint of step 4; started again, that of step 8 finds no room on rank 1."""
+    done = torchrun(tmp_path, faults={7: "kill rank 1, then fill its disk"}, restarts=2)
     assert done.returncode == 0, done.stderr
-    said = "rank 1 of 2 ended without a word; the last checkpoint is kept, and the same command goes on from there"
-    assert done.stderr.count(said) == 1
+    lost = "rank 1 of 2 ended without a word; the last checkpoint is kept, and the same command goes on from there"
+    assert done.stderr.count(lost) == 1
+    assert done.stderr.count("cannot write a checkpoint into") == done.stderr.count("free the disk and resume") == 1
     assert "Traceback (most recent call last)" not in done.stderr
     assert (run_folder(tmp_path, RECIPE) / "record.json").exists()
     same(metrics(tmp_path), metrics(whole))
+
+
+def test_ranks_that_do_not_meet_say_where(monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("rodimus_lab.train.distributed.MEETING", timedelta(seconds=1))
+    with pytest.raises(UserError, match=f"rank 1 of 2 does not meet the others at 127.0.0.1:{port}"), session("cpu"):
+        pass
+
+
+def test_ranks_are_grouped_by_divisors_of_their_number():
+    with (
+        pytest.raises(UserError, match="sequence_parallel is 2, which does not divide 1 rank"),
+        session("cpu", parts=2),
+    ):
+        pass
 
 
 def test_from_split_sequences_and_two_replicas_to_one_process(tmp_path):

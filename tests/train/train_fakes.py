@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -78,8 +79,11 @@ class MemoryLoader:
         self.number += 1
         fault = self.faults.get(str(self.number))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if fault == "kill rank 1 once" and self.world.rank == 1 and attempt == "0":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "kill rank 1, then fill its disk":
+            if self.world.rank == 1 and attempt == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.world.rank == 1 and attempt == "1":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         if fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "terminate":
