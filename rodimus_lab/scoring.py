@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -67,8 +67,10 @@ def negative_log_likelihood(
         for inputs_BT, targets_BT in batches:
             inputs_BT = inputs_BT.to(device, non_blocking=True)
             targets_BT = targets_BT.to(device, non_blocking=True)
-            segments = None if end_token is None else Segments.after_ends(inputs_BT, end_token)
-            loss_BT = model.loss(inputs_BT, targets_BT, segments, reduction="none")
+            packed: dict[str, Any] = (
+                {} if end_token is None else {"segments": Segments.after_ends(inputs_BT, end_token)}
+            )
+            loss_BT = model.loss(inputs_BT, targets_BT, reduction="none", **packed)
             total[0] += loss_BT.double().sum()
             total[1] += (targets_BT != IGNORE).sum()
     return total

@@ -5,6 +5,8 @@ Shapes: B batch (this rank's rows of the global batch), T time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -120,8 +122,10 @@ class Stepper:
         """Add the gradient of scale * the summed loss of a micro-batch, and return that loss."""
         with autocast(self.world.device, self.recipe.precision):
             if positions_BP is None:
-                segments = None if self.end_token is None else Segments.after_ends(inputs_BT, self.end_token)
-                loss = self.model.loss(inputs_BT, targets, segments, reduction="sum")
+                packed: dict[str, Any] = (
+                    {} if self.end_token is None else {"segments": Segments.after_ends(inputs_BT, self.end_token)}
+                )
+                loss = self.model.loss(inputs_BT, targets, reduction="sum", **packed)
             else:
                 loss = self.model.loss(inputs_BT, targets, positions_BP=positions_BP, reduction="sum")
         (loss * scale).backward()

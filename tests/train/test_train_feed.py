@@ -76,3 +76,19 @@ def test_filled_rows_count_nothing():
     assert inputs.shape == last_inputs.shape == targets.shape == last_targets.shape == (3, 4)
     assert (last_targets[1:] == IGNORE).all()
     assert (targets != IGNORE).all()
+
+
+def test_packed_data_says_where_documents_end(recipe):
+    packed = recipe.replace(data=recipe.data.replace(packed=True))
+    assert open_feed(recipe, World(0, 1, CPU)).end_token is None
+    assert open_feed(packed, World(0, 1, CPU)).end_token == load_tokenizer(recipe.data.tokenizer).eos_id
+
+
+def test_ranks_that_share_sequences_read_the_same_and_part_them(recipe):
+    worlds = [World(rank, 4, CPU, parts=2) for rank in range(4)]
+    batches = [next(open_feed(recipe, world).train) for world in worlds]
+    assert all(torch.equal(a, b) for a, b in zip(batches[0], batches[1], strict=True))
+    assert not torch.equal(batches[0][0], batches[2][0])
+    parts = [world.part_of(batch)[0] for world, batch in zip(worlds, batches, strict=True)]
+    assert torch.equal(torch.cat(parts[:2], dim=1), batches[0][0])
+    assert [part.shape for part in parts] == [(4, 8)] * 4
