@@ -122,9 +122,9 @@ class Stepper:
         """Add the gradient of scale * the summed loss of a micro-batch, and return that loss."""
         with autocast(self.world.device, self.recipe.precision):
             if positions_BP is None:
-                packed: dict[str, Any] = (
-                    {} if self.end_token is None else {"segments": Segments.after_ends(inputs_BT, self.end_token)}
-                )
+                packed: dict[str, Any] = {}
+                if self.end_token is not None:
+                    packed["segments"] = Segments.after_ends(inputs_BT, self.end_token)
                 loss = self.model.loss(inputs_BT, targets, reduction="sum", **packed)
             else:
                 loss = self.model.loss(inputs_BT, targets, positions_BP=positions_BP, reduction="sum")
