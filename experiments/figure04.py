@@ -174,7 +174,7 @@ def figure04_fit(records: Sequence[Record], paper: PaperResults) -> Table:
 @report("table6", experiments=("scaling-laws", "pile"))
 def table6(records: Sequence[Record], paper: PaperResults) -> Table:
     """Table 6: validation perplexity at 350M, the paper's beside ours."""
-    mine = [r for r in records if r.experiment == "pile" or r.label.endswith("-350m")]
+    mine = [r for r in records if r.label.endswith(("-350m", "-smoke"))]
     return paper_vs_measured(
         paper.table(6),
         mine,
