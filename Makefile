@@ -10,7 +10,7 @@ MQAR_FLAGS := $(if $(filter-out file,$(origin MODEL)),--model $(MODEL)) $(if $(F
 RUN_FLAGS := $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-gpu lint wikitext103 mqar sweep tables figures zoo bench doctor clean
+.PHONY: help setup test test-gpu lint wikitext103 mqar sweep tables figures site zoo bench doctor clean
 
 help: ## list the targets
 	@echo "Targets (options in capitals, such as MODEL=rodimus BUDGET=short CORPUS=enwiki-25k):"
@@ -46,9 +46,12 @@ mqar: setup ## train on associative recall, all of FIGURE (6 or 1b) or a part, a
 	$(LAB) mqar $(MQAR_FLAGS)
 
 tables: setup ## rebuild every table from the run records
+	$(LAB) report --no-site
+
+site: setup ## the same, and the pages in results/site that show everything
 	$(LAB) report
 
-figures: setup ## redraw every figure as SVG and PNG, its numbers beside it
+figures: setup ## redraw every figure as SVG, PDF and PNG, its numbers beside it
 	$(BIN)/python -c 'from rodimus_lab.report import write_figures; write_figures()'
 
 zoo: setup ## rewrite docs/zoo.md: Table 4 and the rest of the zoo, from the code

@@ -58,13 +58,14 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` whole or not at all, making the folder it lies in. Raises `UserError` where the disk refuses."""
+def write_atomic(path: Path, text: str | bytes) -> None:
+    """Write `text` (as UTF-8) or bytes whole or not at all, making the folder it lies in. Raises `UserError` where the
+    disk refuses."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(text.encode() if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Figures: named lines, drawn as SVG and PNG with their numbers beside them as CSV, byte for byte reproducible.
+"""Figures: named lines, drawn as SVG, PDF and PNG with their numbers beside them as CSV, byte for byte reproducible.
 
 A function that makes one is registered under its name, `@FIGURES.register("state_bytes")`. A model has the same colour
 and marker in every figure.
@@ -44,19 +44,26 @@ HOUSE = {
     "lines.markersize": 4.5,
     "savefig.dpi": 150,
 }
+# What the files would else say of when and by which version they were drawn.
+UNDATED = {
+    "svg": {"Date": None, "Creator": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    "png": {"Software": None},
+}
 LABEL_GAP = 0.042  # between the names at the right, as a part of the height
 
 
 @dataclass(frozen=True)
 class Line:
     """The points of one model. `sources` say point by point where each is from; `quoted` ones are the paper's, drawn
-    pale and behind ours."""
+    pale and behind ours. `stds` are the standard deviations over seeds, 0 where there is one seed, drawn as a band."""
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
     sources: Sequence[str] = ()
     quoted: bool = False
+    stds: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -98,14 +105,13 @@ def write_figures(out_dir: Path | str = PROJECT_ROOT / "results" / "figures") ->
 
 
 def write_figure(figure: Figure, out_dir: Path | str, name: str) -> list[Path]:
-    """Write `name.svg`, `name.png` and `name.csv` into `out_dir`; returns their paths."""
+    """Write `name.svg`, `name.pdf`, `name.png` and `name.csv` into `out_dir`; returns their paths."""
     check_name(name)
-    svg, png, numbers = (Path(out_dir) / f"{name}.{suffix}" for suffix in ("svg", "png", "csv"))
-    drawn = draw(figure, name)
-    write_atomic(numbers, figure_csv(figure))
-    write_atomic(svg, drawn["svg"].decode())
-    png.write_bytes(drawn["png"])
-    return [svg, png, numbers]
+    drawn = draw(figure, name) | {"csv": figure_csv(figure).encode()}
+    paths = [Path(out_dir) / f"{name}.{suffix}" for suffix in drawn]
+    for path, content in zip(paths, drawn.values(), strict=True):
+        write_atomic(path, content)
+    return paths
 
 
 def figure_csv(figure: Figure) -> str:
@@ -125,7 +131,7 @@ def figure_csv(figure: Figure) -> str:
 
 
 def draw(figure: Figure, salt: str) -> dict[str, bytes]:
-    """The figure as SVG and PNG. Raises `UserError` where matplotlib is not installed."""
+    """The figure as SVG, PDF and PNG. Raises `UserError` where matplotlib is not installed."""
     try:
         from matplotlib import style
         from matplotlib.figure import Figure as Canvas
@@ -142,6 +148,9 @@ def draw(figure: Figure, salt: str) -> dict[str, bytes]:
         for line in figure.lines:
             pale: dict[str, Any] = {"alpha": 0.4, "linestyle": "--", "zorder": 1.9} if line.quoted else {}
             axes.plot(line.xs, line.ys, **style_of(line.name), **pale, clip_on=False)
+            if any(line.stds):
+                low, high = ([y + sign * std for y, std in zip(line.ys, line.stds, strict=True)] for sign in (-1, 1))
+                axes.fill_between(line.xs, low, high, color=style_of(line.name)["color"], alpha=0.15, linewidth=0)
         xs = {x for line in figure.lines for x in line.xs} | {x for _, x in figure.missing}
         axes.set_xlim(*((min(xs), max(xs)) if figure.missing else (None, None)))
         axes.xaxis.set_major_locator(FixedLocator(sorted(xs)))
@@ -156,7 +165,7 @@ def draw(figure: Figure, salt: str) -> dict[str, bytes]:
         _name_lines(axes, [line for line in figure.lines if not line.quoted or line.name not in ours])
         if figure.note:
             canvas.supxlabel(fill(figure.note, 110), fontsize="small", x=0.02, ha="left")
-        for suffix, metadata in {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}.items():
+        for suffix, metadata in UNDATED.items():
             file = io.BytesIO()
             canvas.savefig(file, format=suffix, metadata=metadata)
             files[suffix] = file.getvalue()
