@@ -40,6 +40,7 @@ PACKAGES = (
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 RECIPE, ENV, METRICS, RECORD = "recipe.json", "env.json", "metrics.jsonl", "record.json"
+SAMPLES = "samples.jsonl"  # Prompts and what the run made of them, where any were kept.
 
 
 def runs_root() -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,14 +14,26 @@ from typing import Annotated, Any
 
 import pandas as pd
 import typer
+from filelock import FileLock, Timeout
 from rich import box
 from rich.table import Table as RichTable
 
 from rodimus_lab import results
 from rodimus_lab.errors import UserError
-from rodimus_lab.records import PROJECT_ROOT, Record, RunDir, UnfinishedRun, load_records, load_unfinished, runs_root
+from rodimus_lab.records import (
+    PROJECT_ROOT,
+    SAMPLES,
+    Record,
+    RunDir,
+    UnfinishedRun,
+    load_records,
+    load_unfinished,
+    runs_root,
+    write_atomic,
+)
 from rodimus_lab.report import runs_json, runs_table
 from rodimus_lab.terminal import console, shown
+from rodimus_lab.weights import checkpoints_root
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -126,6 +139,25 @@ def export(
 
 
 @app.command()
+def sample(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
+) -> None:
+    """Continue a prompt with a finished run's weights, on the CPU, and keep both beside its record for its page."""
+    from rodimus_lab.run_samples import continue_with  # Slow to import.
+
+    record = results.find(run, load_records())
+    text = continue_with(record, prompt, max_new_tokens, seed)
+    path = record.path / SAMPLES
+    kept = path.read_text(encoding="utf-8") if path.is_file() else ""
+    line = json.dumps({"prompt": prompt, "text": text, "seed": seed}, ensure_ascii=False)
+    write_atomic(path, f"{kept}{line}\n")
+    print(f"{prompt}{text}")
+
+
+@app.command()
 def prune(
     which: Annotated[list[str] | None, typer.Argument(help="Runs by id. Default: every unfinished run.")] = None,
     finished: Annotated[bool, typer.Option("--finished", help="Let finished runs named here go too.")] = False,
@@ -145,8 +177,12 @@ def prune(
     if not yes and not typer.confirm(f"Delete {len(chosen)} of the runs under {shown(root, PROJECT_ROOT)}?"):
         console.print("nothing was deleted")
         return
-    for run in chosen:
-        shutil.rmtree(run.path)
+    with ExitStack() as held:
+        for run in chosen:
+            if not run.finished:
+                held.enter_context(_not_under_way(run))
+        for run in chosen:
+            shutil.rmtree(run.path)
     console.print(f"deleted: {len(chosen)}")
 
 
@@ -190,6 +226,20 @@ def _prunable(root: Path, run: RunDir) -> RunDir:
     if run.path.is_symlink() or run.path.parent.is_symlink() or here.parents[1] != root.resolve():
         raise UserError(f"{run.path} leads out of {root}, so nothing was deleted; remove that link by hand")
     return run
+
+
+@contextmanager
+def _not_under_way(run: RunDir) -> Iterator[None]:
+    """Keep others from training a run meanwhile. Raises `UserError` where one does."""
+    lock = checkpoints_root() / run.experiment / run.id / "lock"
+    if not lock.exists():
+        yield
+        return
+    try:
+        with FileLock(lock).acquire(blocking=False):
+            yield
+    except Timeout:
+        raise UserError(f"{run.experiment}/{run.id} is being trained; wait for it or stop it") from None
 
 
 def _export_wandb(records: Sequence[Record], folder: Path) -> None:

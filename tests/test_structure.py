@@ -28,7 +28,7 @@ FLOORS = {
         "results",
     },
     4: {"experiment", "evals", "doctor"},
-    5: {"experiments", "train", "sweep", "bench", "site", "report_commands", "runs_commands"},
+    5: {"experiments", "train", "sweep", "bench", "site", "report_commands", "run_samples", "runs_commands"},
     6: {"cli"},
 }
 LONGEST_FILE = 450

@@ -18,13 +18,12 @@ from rodimus_lab import results
 from rodimus_lab.errors import UserError
 from rodimus_lab.experiment import EXPERIMENTS, REPORTS
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config, slug
-from rodimus_lab.records import Record, RunDir
+from rodimus_lab.records import SAMPLES, Record, RunDir
 from rodimus_lab.report import Cell, Table
 from rodimus_lab.report.artefacts import Artefact
 from rodimus_lab.site.charts import Chart, Diagram, charts_of, diagrams_of
 
 CONTEXTS = (2048, 16384)
-SAMPLES = "samples.jsonl"
 NUMBERS = 400  # rows of a figure's numbers that its page shows
 
 
