@@ -12,6 +12,7 @@ Every number keeps the unit that it was recorded in: perplexities as they are, a
 
 from __future__ import annotations
 
+import io
 import math
 import operator
 import re
@@ -26,6 +27,7 @@ import pandas as pd
 from rodimus_lab.config import did_you_mean
 from rodimus_lab.errors import UserError
 from rodimus_lab.records import Record, RunDir, canonical_json, load_records, tables_root
+from rodimus_lab.report.figure import draw_curves
 from rodimus_lab.report.paper import PaperResults
 
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -109,6 +111,42 @@ def table(name: str) -> pd.DataFrame:
 def figure(name: str) -> pd.DataFrame:
     """The numbers of a figure as `make figures` wrote them; a point that is not there says "not run"."""
     return _read(tables_root().parent / "figures" / f"{name}.csv")
+
+
+def overview(experiment: str, *columns: str, root: Path | str | None = None) -> pd.DataFrame:
+    """An experiment's finished runs by model, corpus, budget and seed, and these columns; without any it says so."""
+    found = runs(root, experiment)
+    if found.empty:
+        return pd.DataFrame({experiment: [NOT_RUN]})
+    return found[["id", "model", "corpus", "budget", "steps", "seed", *(name for name in columns if name in found)]]
+
+
+def curves(experiment: str, quantity: str = "loss", root: Path | str | None = None) -> Any:
+    """What an experiment's runs logged over their steps, each model in its own colour, for a notebook to show; the text
+    "not run" where there is nothing to draw. Raises `UserError` where matplotlib is not installed."""
+    records = load_records(root, experiment)
+    there = [
+        (spelled(record.label), lines[["step", quantity]].dropna())
+        for record, lines in ((record, metrics(f"{experiment}/{record.id}", root)) for record in records)
+        if quantity in lines
+    ]
+    if not there:
+        return NOT_RUN
+    from IPython.display import SVG
+
+    drawn = io.StringIO()
+    draw_curves(there, quantity).savefig(drawn, format="svg")
+    return SVG(data=drawn.getvalue())
+
+
+def picture(name: str) -> Any:
+    """A drawn figure for a notebook to show; the text "not run" where it has not been drawn."""
+    path = tables_root().parent / "figures" / f"{name}.svg"
+    if not path.is_file():
+        return NOT_RUN
+    from IPython.display import SVG
+
+    return SVG(filename=str(path))
 
 
 def find(run: str, records: Sequence[Record]) -> Record:
