@@ -146,10 +146,10 @@ def sample(
     seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
 ) -> None:
     """Continue a prompt with a finished run's weights, on the CPU, and keep both beside its record for its page."""
-    from rodimus_lab.run_samples import continue_with  # Slow to import.
+    from rodimus_lab.run_models import continue_with  # Slow to import.
 
     record = results.find(run, load_records())
-    text = continue_with(record, prompt, max_new_tokens, seed)
+    text = continue_with(record.id, prompt, max_new_tokens, seed)
     path = record.path / SAMPLES
     kept = path.read_text(encoding="utf-8") if path.is_file() else ""
     line = json.dumps({"prompt": prompt, "text": text, "seed": seed}, ensure_ascii=False)

@@ -27,8 +27,8 @@ FLOORS = {
         "report",
         "results",
     },
-    4: {"experiment", "evals", "doctor"},
-    5: {"experiments", "train", "sweep", "bench", "site", "report_commands", "run_samples", "runs_commands"},
+    4: {"experiment", "command", "run_models", "evals", "doctor"},
+    5: {"experiments", "train", "sweep", "bench", "site", "report_commands", "runs_commands"},
     6: {"cli"},
 }
 LONGEST_FILE = 450
