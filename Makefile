@@ -10,7 +10,7 @@ MQAR_FLAGS := $(if $(filter-out file,$(origin MODEL)),--model $(MODEL)) $(if $(F
 RUN_FLAGS := $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-gpu lint wikitext103 mqar sweep tables figures site zoo bench doctor clean
+.PHONY: help setup test test-gpu lint wikitext103 mqar sweep tables figures site zoo reproducing bench doctor clean
 
 help: ## list the targets
 	@echo "Targets (options in capitals, such as MODEL=rodimus BUDGET=short CORPUS=enwiki-25k):"
@@ -56,6 +56,9 @@ figures: setup ## redraw every figure as SVG, PDF and PNG, its numbers beside it
 
 zoo: setup ## rewrite docs/zoo.md: Table 4 and the rest of the zoo, from the code
 	$(BIN)/python -c 'from experiments.zoo import write_page; write_page()'
+
+reproducing: setup ## rewrite docs/reproducing.md: runs, GPU-hours and the command of every table and figure
+	$(BIN)/python -c 'from experiments.reproducing import write_page; write_page()'
 
 bench: setup ## measure this machine: data, loss, operators, training, decoding, beside the peers that are installed
 	$(LAB) bench data

@@ -167,6 +167,8 @@ def _write(
     for text in texts:
         entry = Entry(text.title, "text", text.address, text.words)
         pages.write("document.html", text.address, {"title": text.title, "text": text, "all": texts}, entry)
+        for picture in text.pictures:
+            shutil.copyfile(PROJECT_ROOT / "docs" / picture, pages.folder / "docs" / picture)
 
 
 def _places(model: ModelView) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -14,17 +14,20 @@ from markdown_it.token import Token
 from markupsafe import Markup
 
 OUTSIDE = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+PICTURE = re.compile(r"docs/([A-Za-z0-9_-]+\.(?:svg|png))")
 RESULT = re.compile(r"results/(?:tables|figures)/([^/]+)\.(?:md|tex|csv|svg|png|pdf)")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text as HTML that was made of Markdown whose every piece was escaped."""
+    """A text as HTML that was made of Markdown whose every piece was escaped. `pictures` are the files in docs/ that it
+    shows."""
 
     title: str
     address: str
     body: Markup
     words: str
+    pictures: Sequence[str] = ()
 
 
 def documents(root: Path, artefacts: Mapping[str, str]) -> list[Document]:
@@ -47,7 +50,10 @@ def _document(path: Path, root: Path, addresses: Mapping[str, str], artefacts: M
     body = markdown.renderer.render(tokens, markdown.options, {})
     body = body.replace("<table>", '<div class="wide" tabindex="0" role="region" aria-label="table"><table>')
     body = body.replace("</table>", "</table></div>").replace("<pre>", '<pre tabindex="0">')
-    return Document(heads[0] if heads else path.stem, addresses[source], Markup(body), " ".join(heads))
+    images = [piece for token in tokens for piece in token.children or () if piece.type == "image"]
+    shown = [PICTURE.fullmatch(f"docs/{image.attrs['src']}") for image in images]
+    pictures = [found[1] for found in shown if found and (root / "docs" / found[1]).is_file()]
+    return Document(heads[0] if heads else path.stem, addresses[source], Markup(body), " ".join(heads), pictures)
 
 
 def _identify(token: Token, tokens: list[Token]) -> None:
@@ -74,11 +80,14 @@ def _relinked(
             dropped -= 1
             continue
         elif token.type == "image":
-            drawn = RESULT.fullmatch(_inside(str(token.attrs["src"]), source))
-            if drawn is None or drawn[1] not in artefacts:
-                token = Token("text", "", 0, content=token.content)
-            else:
+            inside = _inside(str(token.attrs["src"]), source)
+            drawn, own = RESULT.fullmatch(inside), PICTURE.fullmatch(inside)
+            if drawn is not None and drawn[1] in artefacts:
                 token.attrSet("src", f"../figures/{quote(drawn[1])}.svg")
+            elif own is not None:
+                token.attrSet("src", own[1])
+            else:
+                token = Token("text", "", 0, content=token.content)
         kept.append(token)
     return kept
 
