@@ -27,7 +27,7 @@ import pandas as pd
 from rodimus_lab.config import did_you_mean
 from rodimus_lab.errors import UserError
 from rodimus_lab.records import Record, RunDir, canonical_json, load_records, tables_root
-from rodimus_lab.report.figure import draw_curves
+from rodimus_lab.report.curves import draw_curves
 from rodimus_lab.report.paper import PaperResults
 
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {

@@ -11,7 +11,7 @@ import pytest
 
 from rodimus_lab import results
 from rodimus_lab.records import PROJECT_ROOT
-from rodimus_lab.report.figure import draw_curves
+from rodimus_lab.report.curves import draw_curves
 
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 GROUPS = {"wikitext103_and_ablations", "mqar", "memory_and_speed", "scaling", "needlebench", "gates"}
