@@ -7,14 +7,16 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from rodimus_lab.nn.model import LanguageModelConfig
+from rodimus_lab.nn.zoo import with_official_cache
 from rodimus_lab.registry import load_plugins
 
 
 class RodimusLabConfig(PreTrainedConfig):
     """`language_model` is a `LanguageModelConfig` or its `to_dict()`.
 
-    `fused_loss`: in training, a loss is worked out without the logits in memory, and the output has none. Raises
-    `ConfigError` for a model that cannot be read.
+    `fused_loss`: in training, a loss is worked out without the logits in memory, and the output has none.
+    `official_cache_compat`: decode as the authors' published code does, defects and all. Raises `ConfigError` for a
+    model that cannot be read.
     """
 
     model_type = "rodimus_lab"
@@ -25,6 +27,7 @@ class RodimusLabConfig(PreTrainedConfig):
         language_model: LanguageModelConfig | dict[str, Any] | None = None,
         *,
         fused_loss: bool = True,
+        official_cache_compat: bool = False,
         use_cache: bool = True,
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
@@ -36,6 +39,7 @@ class RodimusLabConfig(PreTrainedConfig):
             language_model = LanguageModelConfig.from_dict(language_model)
         self.language_model = None if language_model is None else language_model.to_dict()
         self.fused_loss, self.use_cache = fused_loss, use_cache
+        self.official_cache_compat = official_cache_compat
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         # The head reads a tied embedding itself, so there is nothing for transformers to tie.
         super().__init__(**(kwargs | {"tie_word_embeddings": False}))
@@ -43,7 +47,8 @@ class RodimusLabConfig(PreTrainedConfig):
     def model_config(self) -> LanguageModelConfig:
         """The model, as this project describes it. Raises `ConfigError` where none was given."""
         load_plugins()
-        return LanguageModelConfig.from_dict(self.language_model or {})
+        config = LanguageModelConfig.from_dict(self.language_model or {})
+        return with_official_cache(config) if self.official_cache_compat else config
 
     @property
     def vocab_size(self) -> int:
