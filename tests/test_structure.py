@@ -28,7 +28,7 @@ FLOORS = {
         "report",
     },
     4: {"experiment", "evals", "doctor"},
-    5: {"experiments", "train", "sweep", "bench"},
+    5: {"experiments", "train", "sweep", "bench", "checkpoint_commands"},
     6: {"cli"},
 }
 LONGEST_FILE = 450

@@ -4,6 +4,7 @@ from rodimus_lab.convert.chat import CHAT_TEMPLATE, Chat
 from rodimus_lab.convert.directory import (
     ChatTokenizer,
     Checkpoint,
+    Layout,
     layout_of,
     open_directory,
     write_native,
@@ -15,6 +16,7 @@ __all__ = [
     "Chat",
     "ChatTokenizer",
     "Checkpoint",
+    "Layout",
     "layout_of",
     "open_directory",
     "write_native",
