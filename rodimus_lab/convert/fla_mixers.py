@@ -168,7 +168,7 @@ def gla(settings: Settings, d: int) -> tuple[dict[str, Any], Reader]:
             "out_proj.weight": source.take(f"{prefix}o_proj.weight", (d, values)),
         }
         if affine:
-            found["norm.weight"] = _head_norm(source, prefix, values // heads)
+            found["norm.weight"] = _head_norm(source, prefix, values // heads, settings)
         return found
 
     return {
@@ -183,10 +183,10 @@ def gla(settings: Settings, d: int) -> tuple[dict[str, Any], Reader]:
     }, read
 
 
-def _head_norm(source: Source, prefix: str, width: int) -> Tensor:
+def _head_norm(source: Source, prefix: str, width: int, settings: Settings) -> Tensor:
     """The norm of each head, fused with the gate or not."""
-    fused = f"{prefix}g_norm_swish_gate.weight"
-    return source.take(fused if fused in source else f"{prefix}g_norm.weight", (width,))
+    name = "g_norm_swish_gate" if settings.flag("fuse_norm", True) else "g_norm"
+    return source.take(f"{prefix}{name}.weight", (width,))
 
 
 def retnet(settings: Settings, d: int) -> tuple[dict[str, Any], Reader]:
@@ -208,7 +208,7 @@ def retnet(settings: Settings, d: int) -> tuple[dict[str, Any], Reader]:
         q, g = (source.take(f"{prefix}{name}_proj.weight", (width, d)) for name, width in (("q", d), ("g", values)))
         out = source.take(f"{prefix}o_proj.weight", (d, values))
         if settings.get("elementwise_affine", True):  # The norm here has no weights; they scale what is read of it.
-            norm = _head_norm(source, prefix, values // heads)
+            norm = _head_norm(source, prefix, values // heads, settings)
             out = (out.float() * norm.float().repeat(heads)).to(out.dtype)
         return {"qkvg_proj.weight": torch.cat([q, k, v, g]), "out_proj.weight": out}
 
@@ -366,23 +366,19 @@ def rwkv6_channel(settings: Settings, d: int) -> tuple[dict[str, Any], Reader]:
     settings.only("hidden_act", "sqrelu")
     if (width := settings.get("intermediate_size", None)) is None:
         width = -(-int(d * (settings.get("hidden_ratio", None) or 3.5)) // 32) * 32
-    here = max(1, 7 * d // 64) * 32
-    if width > here:
-        raise UserError(f"a feed-forward of {width} in {settings.where} is too wide; this zoo's RWKV-6 has {here}")
+    else:
+        width = settings.count("intermediate_size")
 
     def read(source: Source, prefix: str) -> Tensors:
-        # What is added to the width is 0 on both sides.
-        key = source.take(f"{prefix}key.linear.weight", (width, d))
-        value = source.take(f"{prefix}value.weight", (d, width))
         return {
             "mix_k": 1 - source.take(f"{prefix}key.mu", (d,)),
             "mix_r": 1 - source.take(f"{prefix}receptance.mu", (d,)),
-            "key.weight": torch.cat([key, key.new_zeros(here - width, d)]),
+            "key.weight": source.take(f"{prefix}key.linear.weight", (width, d)),
             "receptance.weight": source.take(f"{prefix}receptance.linear.weight", (d, d)),
-            "value.weight": torch.cat([value, value.new_zeros(d, here - width)], 1),
+            "value.weight": source.take(f"{prefix}value.weight", (d, width)),
         }
 
-    return {"kind": "rwkv6_channel", "init": "fla"}, read
+    return {"kind": "rwkv6_channel", "hidden": width, "init": "fla"}, read
 
 
 def gated_deltanet(settings: Settings, d: int) -> tuple[dict[str, Any], Reader]:
