@@ -177,8 +177,8 @@ def _tokenizer_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         key: before[key] for key in ("bos_token", "eos_token", "pad_token", "chat_template") if key in before
     }
     if checkpoint.layout == "official":
-        known = checkpoint.tokenizer()._backend.get_vocab(with_added_tokens=True)
-        facts = {key: token for key, token in SPECIAL.items() if token in known} | facts
+        backend = backends.Tokenizer.from_str(checkpoint.tokenizer().to_json())
+        facts = {key: token for key, token in SPECIAL.items() if backend.token_to_id(token) is not None} | facts
         facts["chat_template"] = CHAT_TEMPLATE
     if "eos_token" not in facts:
         tokenizer = checkpoint.tokenizer()

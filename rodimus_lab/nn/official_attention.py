@@ -21,7 +21,6 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from rodimus_lab.errors import UserError
 from rodimus_lab.nn.attention import Attention, AttentionConfig
 from rodimus_lab.nn.mixer import State, TokenMixer
 from rodimus_lab.nn.norm import Norm
@@ -80,8 +79,6 @@ class OfficialAttention(Attention):
     ) -> tuple[Tensor, State | None]:
         if state is None:
             return super().forward(x_BTD, None, segments)
-        if segments is not None and bool((segments.ids_BT > 0).any()):
-            raise UserError("the official cache knows no packed documents; give one document a row")
         q_BTHK, k_BTGK, v_BTJK = (
             x.unflatten(-1, (-1, self.head_width)) for x in self.qkv_proj(x_BTD).split(self.widths, dim=-1)
         )
@@ -89,15 +86,19 @@ class OfficialAttention(Attention):
             positions_BT = self._positions(x_BTD, state.true, segments)
             table = rotary_table(positions_BT, self.head_width, self.config.rotary_base, q_BTHK.dtype)
             q_BTHK, k_BTGK = rotate(q_BTHK, table), rotate(k_BTGK, table)
-        before_B = state.true.length_B
+        before_B, old = state.true.length_B, (state.k_BSGK, state.v_BSJK)
+        if segments is not None:  # Of packed documents only the last one's are kept.
+            goes_on_B = segments.documents_BT[:, -1] == 0
+            before_B = torch.where(goes_on_B, before_B, 0)
+            old = tuple(torch.where(goes_on_B[:, None, None, None], x, 0) for x in old)  # type: ignore[assignment]
         o_BTHK, true = attention(
             q_BTHK, k_BTGK, v_BTJK, window=self.config.keys_in_window, cache=state.true, segments=segments
         )
         assert true is not None
         decoding = x_BTD.shape[1] == 1
         k_BSGK, v_BSJK = (
-            self._kept(old, new, before_B, true.length_B, decoding=decoding)
-            for old, new in ((state.k_BSGK, k_BTGK), (state.v_BSJK, v_BTJK))
+            self._kept(x, new, before_B, true.length_B, decoding=decoding)
+            for x, new in zip(old, (k_BTGK, v_BTJK), strict=True)
         )
         if decoding:
             slot = torch.arange(self.config.slots, device=x_BTD.device)
@@ -114,8 +115,8 @@ class OfficialAttention(Attention):
         slots, length = self.config.slots, new_BTXK.shape[1]
         slot = torch.arange(slots, device=old_BSXK.device)
         if decoding:
-            full_B111 = (before_B >= slots - 1)[:, None, None, None]
-            old_BSXK = torch.where(full_B111, old_BSXK.roll(-1, dims=1), old_BSXK)
+            moves_B111 = ((before_B >= slots - 1) & (after_B > before_B))[:, None, None, None]
+            old_BSXK = torch.where(moves_B111, old_BSXK.roll(-1, dims=1), old_BSXK)
         after_B1 = after_B.unsqueeze(1)
         position_BS = torch.where(slot < slots - 1, slot, (after_B1 - 1).clamp(min=slots - 1))
         taken_BS11 = ((position_BS >= before_B.unsqueeze(1)) & (position_BS < after_B1))[:, :, None, None]
