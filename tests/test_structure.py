@@ -14,9 +14,21 @@ PACKAGES = ("rodimus_lab", "baselines", "evals", "experiments")
 FLOORS = {
     1: {"errors", "config", "registry", "ops"},
     2: {"nn", "data", "records"},
-    3: {"baselines", "recipe", "sampling", "decoder", "generate", "scoring", "weights", "accounting", "hf", "report"},
+    3: {
+        "baselines",
+        "recipe",
+        "sampling",
+        "decoder",
+        "generate",
+        "scoring",
+        "weights",
+        "accounting",
+        "convert",
+        "hf",
+        "report",
+    },
     4: {"experiment", "evals", "doctor"},
-    5: {"experiments", "train", "sweep", "bench"},
+    5: {"experiments", "train", "sweep", "bench", "checkpoint_commands"},
     6: {"cli"},
 }
 LONGEST_FILE = 450
