@@ -21,8 +21,10 @@ from rich.console import Console
 from rodimus_lab.bench import app as bench_app
 from rodimus_lab.config import did_you_mean
 from rodimus_lab.data import Tokenizer, describe, list_corpora, load_tokenizer, padded_vocab_size, prepare
+from rodimus_lab.device import device_type
 from rodimus_lab.doctor import examine
 from rodimus_lab.errors import UserError
+from rodimus_lab.evaluator import EVALUATORS
 from rodimus_lab.experiment import EXPERIMENTS, REPORTS, Experiment, choose_budget
 from rodimus_lab.generate import Sampling, stream, stream_text
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config
@@ -139,10 +141,12 @@ OPTION_HELP = {
 
 @cache
 def add_experiments() -> None:
-    """Make a command of every registered experiment."""
+    """Make a command of every registered experiment and evaluator."""
     load_plugins()
     for name in EXPERIMENTS:
         app.command(name, rich_help_panel="Experiments")(_command_of(EXPERIMENTS[name]))
+    for name in EVALUATORS:
+        app.command(name, rich_help_panel="Evaluation")(EVALUATORS[name])
 
 
 def _command_of(experiment: Experiment) -> Callable[..., None]:
@@ -322,8 +326,6 @@ def generate(
     device: Annotated[DeviceName | None, typer.Option(help="Default: cuda where there is one.")] = None,
 ) -> None:
     """Continue a prompt with a trained run."""
-    from rodimus_lab.train.distributed import device_type
-
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     model, recipe = load_model(run, device=device_type(device))
     tokenizer = load_tokenizer(recipe.data.tokenizer)
