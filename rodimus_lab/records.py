@@ -37,6 +37,7 @@ PACKAGES = (
     "lm-eval",
     "ray",
 )
+PUBLISHED = "published weights"  # What stands for the corpus of a model that others trained.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 RECIPE, ENV, METRICS, RECORD = "recipe.json", "env.json", "metrics.jsonl", "record.json"

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from rodimus_lab.device import device_type
 from rodimus_lab.errors import UserError
 from rodimus_lab.recipe import Recipe
+from rodimus_lab.records import PUBLISHED
 from rodimus_lab.weights import MODEL, RECIPE, find_model
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -135,7 +136,7 @@ def _transformers_model(name: str, options: LoadOptions) -> Subject:
     return Subject(
         label=re.sub(r"[^a-z0-9._-]+", "-", folder.name.lower()),
         identity=identity,
-        corpus="published weights",
+        corpus=PUBLISHED,
         tokenizer="",
         budget={"name": "published", "steps": 0},
         facts={},
