@@ -1,8 +1,4 @@
-"""`rodimus-lab eval`: models on downstream and recall tasks, through lm-eval; and lm-eval's own command line.
-
-lm-eval 0.4 finds only models that are registered before its command line starts, so `python -m evals.harness` is
-`python -m lm_eval` with the model `rodimus-lab` in it.
-"""
+"""`rodimus-lab eval`: models on downstream and recall tasks, through lm-eval."""
 
 from __future__ import annotations
 
@@ -82,21 +78,3 @@ def evaluate_models(
             print(f"{name}: {error}", file=sys.stderr)
     if failed:
         raise UserError(f"{failed} of {len(names)} models could not be evaluated, as said above")
-
-
-def main() -> None:
-    """lm-eval's command line, which knows `--model rodimus-lab --model_args pretrained=RUN_OR_DIR`."""
-    try:
-        require_lm_eval()
-        from lm_eval.__main__ import cli_evaluate
-
-        from evals.lmeval import adapter  # noqa: F401  (registers the model)
-
-        cli_evaluate()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

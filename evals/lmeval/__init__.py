@@ -1,1 +1,1 @@
-"""What stands on lm-eval, which only `evals/harness.py` imports, and only when it is asked to evaluate."""
+"""What stands on lm-eval, imported only when something is evaluated, so that the project does without lm-eval."""
