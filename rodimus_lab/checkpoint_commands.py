@@ -13,6 +13,7 @@ import typer
 
 from rodimus_lab.convert import Chat, ChatTokenizer, Layout, open_checkpoint, write_native, write_official
 from rodimus_lab.data import Tokenizer
+from rodimus_lab.device import device_type
 from rodimus_lab.errors import UserError
 from rodimus_lab.generate import Sampling, stream, stream_text
 from rodimus_lab.nn.model import LanguageModel
@@ -97,8 +98,6 @@ def convert(
 
 def _load(name: str | Path, device: DeviceName | None, official_cache_compat: bool) -> tuple[LanguageModel, Tokenizer]:
     """The model of a run or a checkpoint directory, in float32 on a CPU and else as stored; and its tokenizer."""
-    from rodimus_lab.train.distributed import device_type
-
     where = device_type(device)
     checkpoint = open_checkpoint(name)
     if official_cache_compat:

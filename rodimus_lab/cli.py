@@ -25,6 +25,7 @@ from rodimus_lab.config import did_you_mean
 from rodimus_lab.data import describe, list_corpora, padded_vocab_size, prepare
 from rodimus_lab.doctor import examine
 from rodimus_lab.errors import RunsFailed, UserError
+from rodimus_lab.evaluator import EVALUATORS
 from rodimus_lab.experiment import EXPERIMENTS, REPORTS, Experiment, choose_budget
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config
 from rodimus_lab.recipe import Recipe
@@ -152,10 +153,12 @@ OPTION_HELP = {
 
 @cache
 def add_experiments() -> None:
-    """Make a command of every registered experiment."""
+    """Make a command of every registered experiment and evaluator."""
     load_plugins()
     for name in EXPERIMENTS:
         app.command(name, rich_help_panel="Experiments")(_command_of(EXPERIMENTS[name]))
+    for name in EVALUATORS:
+        app.command(name, rich_help_panel="Evaluation")(EVALUATORS[name])
 
 
 def _command_of(experiment: Experiment) -> Callable[..., None]:

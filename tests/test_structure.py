@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rodimus_lab", "baselines", "evals", "experiments")
 FLOORS = {
-    1: {"errors", "config", "registry", "ops"},
+    1: {"errors", "config", "registry", "device", "ops"},
     2: {"nn", "data", "records"},
     3: {
         "baselines",
@@ -27,7 +27,7 @@ FLOORS = {
         "hf",
         "report",
     },
-    4: {"experiment", "evals", "doctor"},
+    4: {"experiment", "evaluator", "evals", "doctor"},
     5: {"experiments", "train", "sweep", "bench", "checkpoint_commands"},
     6: {"cli"},
 }

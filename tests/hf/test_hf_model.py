@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from rodimus_lab.convert import open_directory
 from rodimus_lab.data import Tokenizer, train_bpe
 from rodimus_lab.errors import UserError
 from rodimus_lab.generate import Sampling, stream
@@ -57,6 +58,7 @@ def test_saved_and_loaded_in_shards(name, tmp_path):
     ids, _ = tokens(9, 9)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+        assert torch.equal(open_directory(tmp_path).build()(ids)[0], model(ids, use_cache=False).logits)
     assert again.config.model_config() == model.config.model_config()
     assert AutoConfig.from_pretrained(tmp_path).vocab_size == SIZE.vocab_size
     assert again.config.num_hidden_layers == len(model.lm.blocks)
