@@ -11,27 +11,27 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
-from itertools import product, takewhile
+from itertools import product
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from rich.console import Console
 
 from rodimus_lab.bench import app as bench_app
+from rodimus_lab.checkpoint_commands import DeviceName, chat, convert, generate
 from rodimus_lab.config import did_you_mean
-from rodimus_lab.data import Tokenizer, describe, list_corpora, load_tokenizer, padded_vocab_size, prepare
+from rodimus_lab.data import describe, list_corpora, padded_vocab_size, prepare
 from rodimus_lab.doctor import examine
 from rodimus_lab.errors import RunsFailed, UserError
+from rodimus_lab.evaluator import EVALUATORS
 from rodimus_lab.experiment import EXPERIMENTS, REPORTS, Experiment, choose_budget
-from rodimus_lab.generate import Sampling, stream, stream_text
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import PROJECT_ROOT, load_records, load_unfinished, tables_root
 from rodimus_lab.registry import load_plugins
 from rodimus_lab.report import PaperResults, runs_json, runs_table, to_markdown, write
-from rodimus_lab.weights import load_model
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,7 +47,6 @@ CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__na
 INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-DeviceName = Literal["cpu", "cuda"]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -154,10 +153,12 @@ OPTION_HELP = {
 
 @cache
 def add_experiments() -> None:
-    """Make a command of every registered experiment."""
+    """Make a command of every registered experiment and evaluator."""
     load_plugins()
     for name in EXPERIMENTS:
         app.command(name, rich_help_panel="Experiments")(_command_of(EXPERIMENTS[name]))
+    for name in EVALUATORS:
+        app.command(name, rich_help_panel="Evaluation")(EVALUATORS[name])
 
 
 def _command_of(experiment: Experiment) -> Callable[..., None]:
@@ -343,45 +344,8 @@ def doctor(as_json: AsJson = False) -> None:
         console.print(f"{fact.topic:<14}{fact.name:<26}{fact.value}")
 
 
-@app.command(rich_help_panel="Models")
-def generate(
-    run: Annotated[str, typer.Argument(help="A run id, or a folder with model.safetensors.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.", min=1)] = 100,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens.", min=1)] = None,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that reach this probability.")] = 0.95,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text, which is one token; may be repeated.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Draw the same text every time.", min=0)] = None,
-    device: Annotated[DeviceName | None, typer.Option(help="Default: cuda where there is one.")] = None,
-) -> None:
-    """Continue a prompt with a trained run."""
-    from rodimus_lab.train.distributed import device_type
-
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    model, recipe = load_model(run, device=device_type(device))
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise UserError("the prompt is not valid UTF-8; give it in that encoding") from None
-    ids = tokenizer.encode(prompt)
-    stop_ids = [_stop_token(tokenizer, text) for text in stop or ()]
-    drawn = (next_B[0] for next_B in stream(model, [ids], max_new_tokens, sampling, stop=[tokenizer.eos_id, *stop_ids]))
-    tokens = takewhile(lambda token: token not in stop_ids, drawn)
-    print(prompt, end="", flush=True)
-    for text in stream_text(tokenizer, ids, tokens):
-        print(text, end="", flush=True)
-    print()
-
-
-def _stop_token(tokenizer: Tokenizer, text: str) -> int:
-    ids = tokenizer.encode(text)
-    if len(ids) != 1:
-        raise UserError(f"{text!r} is {len(ids)} tokens of {tokenizer.name}, not one; give a stop of one token")
-    return ids[0]
+for command in (generate, chat, convert):
+    app.command(rich_help_panel="Models")(command)
 
 
 @data_app.command("list")

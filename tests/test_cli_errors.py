@@ -215,7 +215,7 @@ def test_damaged_weights(cli, smoke_run, spoil):
 def test_weights_without_their_recipe(cli, smoke_run):
     recipe = smoke_run.root / "checkpoints" / "wikitext103" / smoke_run.id / "final" / "recipe.json"
     recipe.unlink()
-    refused(cli("generate", smoke_run.id, "--prompt", "a"), recipe, "No such file")
+    refused(cli("generate", smoke_run.id, "--prompt", "a"), recipe.parent, "neither config.json nor recipe.json")
 
 
 def test_a_damaged_checkpoint(cli, places):

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from rodimus_lab.bench.recording import EXPERIMENT as BENCH
 from rodimus_lab.errors import UserError
+from rodimus_lab.evaluator import EVALUATORS
 from rodimus_lab.experiment import EXPERIMENTS, REPORTS, Experiment, choose_budget, shrink
 from rodimus_lab.recipe import BudgetConfig, ScheduleConfig
 from rodimus_lab.registry import load_plugins
@@ -56,7 +57,7 @@ def test_every_experiment_has_defaults_and_known_reports():
             assert recipe.experiment == name
         for report in experiment.reports:
             assert name in REPORTS[report].experiments
-    recorded = {*EXPERIMENTS, BENCH}  # `bench record` writes records of its own.
+    recorded = {*EXPERIMENTS, *EVALUATORS, BENCH}  # `bench record` writes records of its own.
     for name in REPORTS:
         assert recorded.issuperset(REPORTS[name].experiments)
 

@@ -12,11 +12,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rodimus_lab", "baselines", "evals", "experiments")
 FLOORS = {
-    1: {"errors", "config", "registry", "ops"},
+    1: {"errors", "config", "registry", "device", "ops"},
     2: {"nn", "data", "records"},
-    3: {"baselines", "recipe", "sampling", "decoder", "generate", "scoring", "weights", "accounting", "hf", "report"},
-    4: {"experiment", "evals", "doctor"},
-    5: {"experiments", "train", "sweep", "bench"},
+    3: {
+        "baselines",
+        "recipe",
+        "sampling",
+        "decoder",
+        "generate",
+        "scoring",
+        "weights",
+        "accounting",
+        "convert",
+        "hf",
+        "report",
+    },
+    4: {"experiment", "evaluator", "evals", "doctor"},
+    5: {"experiments", "train", "sweep", "bench", "checkpoint_commands"},
     6: {"cli"},
 }
 LONGEST_FILE = 450

@@ -80,6 +80,13 @@ class Tokenizer:
         """SHA-256 of the serialised tokenizer."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def token(self, id: int) -> str:
+        """The entry of the vocabulary with that id. Raises `UserError` where there is none."""
+        token = self._backend.id_to_token(id)
+        if token is None:
+            raise UserError(f"the tokenizer {self.name!r} has no token {id}; its ids are below {self.vocab_size}")
+        return token
+
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from rodimus_lab.records import Record, canonical_json
+from rodimus_lab.records import FROM_FOLDER, PUBLISHED, Record, canonical_json
 from rodimus_lab.report.paper import PaperRow, PaperValue
-from rodimus_lab.report.table import Cell, Column, Table
+from rodimus_lab.report.table import MISSING, Cell, Column, Table
 
 Key: TypeAlias = tuple[str, ...]
 
@@ -17,7 +17,7 @@ Key: TypeAlias = tuple[str, ...]
 @dataclass(frozen=True)
 class Metric:
     """One quantity: its heading, its name in the metrics of a record (shown times `scale`, with `digits`), and its
-    column in the paper's CSV (None where the paper does not give it)."""
+    column in the paper's CSV (None where the paper does not give it). `stderr` is the name of its standard error."""
 
     name: str
     metric: str
@@ -25,6 +25,7 @@ class Metric:
     better: Literal["lower", "higher"] | None = "lower"
     digits: int = 2
     scale: float = 1.0
+    stderr: str | None = None
 
 
 class Group(NamedTuple):
@@ -52,14 +53,18 @@ def paper_vs_measured(
     per_device: bool = False,
     caption: str = "",
     notes: Sequence[str] = (),
+    section: str | None = None,
+    missing: str | None = None,
 ) -> Table:
     """One row for each of `paper_rows`, in order, then one for each model that only we ran.
 
     `key` are the paper's columns that name a row, `headings` their headings, and `record_key` the same values for a
     record; `rodimus_plus` and `rodimus+` count as one. `given` holds further columns: heading -> cell for a row's
     names. Runs that differ in the seed only become mean and standard deviation. Other runs that meet in one cell get
-    a row each, with the settings that tell them apart. `per_device` keeps devices apart, as speeds need. A number
-    that is not there is missing. Raises `ValueError` where `key` does not tell the paper's rows apart.
+    a row each, with the settings that tell them apart. `per_device` keeps devices apart, as speeds need. `section` is
+    the paper's column that parts the table; models that only we ran are a part of their own. A number that is not there
+    is missing; `missing` is then what stands there, in a column of our own for every metric. Raises `ValueError` where
+    `key` does not tell the paper's rows apart.
     """
     papers: dict[Key, PaperRow] = {}
     names: dict[Key, list[PaperValue]] = {}
@@ -74,7 +79,7 @@ def paper_vs_measured(
         values = list(record_key(record))
         names.setdefault(_key(values), values)
         group = Group(
-            stand_in=record.corpus != (paper_corpus or record.corpus),
+            stand_in=record.corpus not in (paper_corpus or record.corpus, PUBLISHED, FROM_FOLDER),
             corpus=record.corpus,
             tokenizer=record.tokenizer,
             minus_steps=-record.budget["steps"],
@@ -97,15 +102,18 @@ def paper_vs_measured(
     ]
     for heading, cell in (given or {}).items():
         columns.append((Column(heading), [cell(tuple(Cell(value).text for value in names[row])) for row, _ in rows]))
+    absent = Cell(None, source="measured", missing=missing or MISSING)
     for metric in metrics:
         column = Column(metric.name, metric.better, per_device)
         if metric.paper_column is not None:
             quoted = [{} if text else papers.get(row, {}) for row, text in rows]
             columns.append((column, [Cell(row.get(metric.paper_column), source="paper") for row in quoted]))
-        for cells in runs.values():
-            measured = [_measured(cells.get(row, []), metric) for row in rows]
-            if any(cell.value is not None for cell in measured):
-                columns.append((column, measured))
+        ours = [[_measured(cells.get(row, []), metric, absent) for row in rows] for cells in runs.values()]
+        given_ours = [measured for measured in ours if any(cell.value is not None for cell in measured)]
+        if missing is not None and not given_ours:
+            given_ours = [[absent] * len(rows)]
+            column = replace(column, name=f"{metric.name} (ours)")
+        columns += [(column, measured) for measured in given_ours]
     if any(text for _, text in rows):
         columns.insert(len(headings), (Column("Settings"), [Cell(text or None) for _, text in rows]))
     return Table(
@@ -115,16 +123,18 @@ def paper_vs_measured(
         caption,
         notes,
         paper_corpus,
+        [str(papers.get(row, {}).get(section) or "") for row, _ in rows] if section else (),
     )
 
 
-def _measured(runs: Sequence[Record], metric: Metric) -> Cell:
+def _measured(runs: Sequence[Record], metric: Metric, absent: Cell) -> Cell:
     """The mean over runs that differ in the seed only; missing where none of them has the metric."""
     given = [run for run in runs if run.metrics.get(metric.metric) is not None]
     if not given:
-        return Cell(None, source="measured")
+        return absent
     values = [run.metrics[metric.metric] * metric.scale for run in given]
     first = given[0]
+    error = first.metrics.get(metric.stderr) if metric.stderr and len(values) == 1 else None
     stops = sorted({run.metrics.get("steps", run.budget["steps"]) for run in given} - {first.budget["steps"]})
     return Cell(
         statistics.fmean(values),
@@ -138,6 +148,7 @@ def _measured(runs: Sequence[Record], metric: Metric) -> Cell:
         note=f"stopped after {', '.join(f'{steps:,}' for steps in stops)} steps" if stops else "",
         std=statistics.stdev(values) if len(values) > 1 else None,
         count=len(values),
+        stderr=None if error is None else error * metric.scale,
     )
 
 
