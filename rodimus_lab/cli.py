@@ -26,6 +26,7 @@ from rodimus_lab.errors import UserError
 from rodimus_lab.experiment import EXPERIMENTS, REPORTS, Experiment, choose_budget
 from rodimus_lab.generate import Sampling, stream, stream_text
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config
+from rodimus_lab.plan import plan, plan_table
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import PROJECT_ROOT, describe_budget, load_records, load_unfinished, tables_root
 from rodimus_lab.registry import load_plugins
@@ -48,6 +49,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 DeviceName = Literal["cpu", "cuda"]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PlanAsJson = Annotated[bool, typer.Option("--json", help="List the runs as JSON; with --dry-run.")]
 
 
 def main() -> None:
@@ -153,16 +155,29 @@ def _command_of(experiment: Experiment) -> Callable[..., None]:
         options = {name: values.pop(name) for name in own}
         if "budget" in options:
             options["budget"], why = choose_budget(options["budget"])
-            console.print(f"budget: {options['budget']} ({why})")
-        run_all(experiment.recipes(**options), values)
+            if not values["as_json"]:
+                console.print(f"budget: {options['budget']} ({why})")
+        dry_run, as_json = values.pop("dry_run"), values.pop("as_json")
+        recipes = experiment.recipes(**options)
+        if dry_run:
+            show_plan(recipes, as_json=as_json)
+            return
+        run_all(recipes, values)
         for name in experiment.reports:
             write_report(name, show=False)
 
     parameters = []
     for name, parameter in own.items():
-        plain = get_args(parameter.annotation)[0] if get_origin(parameter.annotation) is Annotated else None
-        text = f"One of {', '.join(MODELS)}." if name == "model" else OPTION_HELP.get(name)
-        parameters.append(_option(name, plain or parameter.annotation, parameter.default, help=text))
+        plain, text = parameter.annotation, OPTION_HELP.get(name)
+        if get_origin(plain) is Annotated:
+            plain, field = get_args(plain)[:2]
+            text = field.description or text
+        text = f"One of {', '.join(MODELS)}." if name == "model" else text
+        parameters.append(_option(name, plain, parameter.default, help=text))
+    parameters.append(_option("dry_run", bool, False, help="List the runs with their ids, and train none."))
+    parameters.append(
+        inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=PlanAsJson)
+    )
     command.__doc__ = inspect.getdoc(experiment.function)
     return _with_run_options(command, parameters)
 
@@ -200,6 +215,22 @@ def run_all(recipes: Sequence[Recipe], options: dict[str, Any]) -> None:
             f"{recipe.id}: {', '.join(shown)} (corpus {recipe.data.corpus}, "
             f"{describe_budget(recipe.budget.to_dict())}, {record['device']})",
         )
+
+
+def show_plan(recipes: Sequence[Recipe], *, as_json: bool) -> None:
+    """List what would be trained, with the time where a speed was measured."""
+    planned = list(plan(recipes, load_records()))
+    if as_json:
+        print(json.dumps([one.facts for one in planned], indent=1))
+        return
+    console.print(plan_table(planned))
+    left = [one for one in planned if one.state != "finished"]
+    hours = [one.hours for one in left if one.hours is not None]
+    devices = ", ".join(sorted({one.device for one in left if one.device}))
+    console.print(
+        f"{len(left)} of {len(planned)} runs to train"
+        + (f"; {sum(hours):.2f} h for {len(hours)} of them at the speeds measured on {devices}" if hours else "")
+    )
 
 
 def write_report(name: str, *, show: bool) -> None:
