@@ -27,6 +27,7 @@ from rodimus_lab.records import Record
 from rodimus_lab.report import Cell, Metric, PaperResults, PaperRow, Table, paper_vs_measured, with_order
 from rodimus_lab.variant import Change, Row, Variant, rows_of
 
+ABLATE = "ablate"
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 EXPANSIONS = (16, 32, 64, 128, 256)
 WINDOWS = (32, 64, 128, 256, 512)
@@ -39,9 +40,9 @@ HEAD_WIDTH = 128  # of the attention of Table 14, whose memory says so
 GROUPS = 2
 
 
-RODIMUS = Variant("rodimus", "rodimus", "wikitext103", "wikitext-103", 6, experiment="wikitext103")
-PLUS = Variant("rodimus_plus", "rodimus+", "wikitext103", "wikitext-103", 6, experiment="wikitext103")
-PLUS_PILE = Variant("rodimus_plus-350m", "rodimus+", "350m", "350m", 24)
+RODIMUS = Variant("rodimus", "rodimus", "wikitext103", "wikitext-103", 6, "wikitext103")
+PLUS = Variant("rodimus_plus", "rodimus+", "wikitext103", "wikitext-103", 6, "wikitext103")
+PLUS_PILE = Variant("rodimus_plus-350m", "rodimus+", "350m", "350m", 24, ABLATE)
 
 
 def rodimus(**fields: Any) -> Change:
@@ -88,37 +89,45 @@ def gates(beta_hat: bool, g: bool, tau: bool, beta: bool = False) -> Variant:
         "tau": TemperatureGate() if tau else None,
         "beta": ValueDecay() if beta else None,
     }
-    return RODIMUS.varied(f"gates-{'-'.join(name for name, on in kept.items() if on) or 'none'}", rodimus(**fields))
+    return RODIMUS.varied(
+        ABLATE, f"gates-{'-'.join(name for name, on in kept.items() if on) or 'none'}", rodimus(**fields)
+    )
 
 
 def state(size: str, expansion: int = 16, rank: int = 16) -> Variant:
     """A point of Tables 12 and 13, which share n = 16, ell = 16."""
     base = Variant(
-        f"rodimus-{size}", "rodimus", size, "pile-7b", SIZES[size].num_layers, rodimus(n=16, beta_hat=ValueGate())
+        f"rodimus-{size}",
+        "rodimus",
+        size,
+        "pile-7b",
+        SIZES[size].num_layers,
+        ABLATE,
+        rodimus(n=16, beta_hat=ValueGate()),
     )
     if (expansion, rank) == (16, 16):
         return base
     label = f"rank{rank}" if expansion == 16 else f"n{expansion}" if rank == 16 else f"n{expansion}-rank{rank}"
-    return base.varied(label, rodimus(n=expansion, beta_hat=ValueGate(rank=rank)))
+    return base.varied(ABLATE, label, rodimus(n=expansion, beta_hat=ValueGate(rank=rank)))
 
 
 def sharing(model: str, kind: HeadKind) -> Variant:
     """A row of Table 14: the base is MHA in Transformer++, the paper's SKA in Rodimus+."""
     label, own = {"transformer++": ("transformer_pp", "mha"), "rodimus+": ("rodimus_plus", "ska")}[model]
-    base = Variant(f"{label}-125m", model, "125m", "pile-7b", 12, heads(own))  # type: ignore[arg-type]
-    return base if kind == own else base.varied(kind, heads(kind))
+    base = Variant(f"{label}-125m", model, "125m", "pile-7b", 12, ABLATE, heads(own))  # type: ignore[arg-type]
+    return base if kind == own else base.varied(ABLATE, kind, heads(kind))
 
 
 def hops(kind: str, layers: int) -> Variant:
     """A row of Table 17."""
-    deep = PLUS if layers == 6 else PLUS.varied(f"{layers}-layers", layers=layers)
-    return deep if kind == "two" else deep.varied("one-hop", blocks(one_hop))
+    deep = PLUS if layers == 6 else PLUS.varied(ABLATE, f"{layers}-layers", layers=layers)
+    return deep if kind == "two" else deep.varied(ABLATE, "one-hop", blocks(one_hop))
 
 
 def order(kind: str, on_pile: bool) -> Variant:
     """A cell of Table 18."""
     base = PLUS_PILE if on_pile else PLUS
-    return base if kind == "rodimus-first" else base.varied(kind, blocks(attention_first))
+    return base if kind == "rodimus-first" else base.varied(ABLATE, kind, blocks(attention_first))
 
 
 @cache
@@ -167,11 +176,11 @@ def axes() -> dict[str, dict[str, list[Variant]]]:
         "order": {kind: [order(kind, on_pile) for on_pile in (False, True)] for kind in ORDERS},
         "gate_temperature": {
             "learned": [RODIMUS],
-            "fixed": [RODIMUS.varied("fixed-tau", rodimus(tau=TemperatureGate(fixed=FIXED_TAU)))],
+            "fixed": [RODIMUS.varied(ABLATE, "fixed-tau", rodimus(tau=TemperatureGate(fixed=FIXED_TAU)))],
         },
         **{
             option: {
-                word: [RODIMUS if on else RODIMUS.varied(f"no-{option}", rodimus(**fields))]
+                word: [RODIMUS if on else RODIMUS.varied(ABLATE, f"no-{option}", rodimus(**fields))]
                 for word, on in on_off.items()
             }
             for option, fields in switches.items()
@@ -186,7 +195,7 @@ def windowed(window: int) -> Variant:
     def change(config: LanguageModelConfig) -> LanguageModelConfig:
         return with_sublayers(config, "attention", {"window": window})
 
-    return PLUS if window == 256 else PLUS.varied(f"window{window}", change)
+    return PLUS if window == 256 else PLUS.varied(ABLATE, f"window{window}", change)
 
 
 Values = list[str] | None
@@ -211,7 +220,7 @@ def _about(text: str) -> Any:
     return Field(description=text)
 
 
-@experiment("ablate", reports=("table1", *(f"table{number}" for number in range(12, 19))))
+@experiment(ABLATE, reports=("table1", *(f"table{number}" for number in range(12, 19))))
 def ablate(
     table: Annotated[Values, _about("All runs of a table, 12 to 18.")] = None,
     gate: Annotated[Values, _about("g, tau, beta-hat, beta: with it and without (Tables 15 and 16).")] = None,
@@ -312,10 +321,10 @@ def _table(
 TEST = (Metric("Test PPL", "test_ppl", "test_ppl"), Metric("Best test PPL", "best_test_ppl", "best_test_ppl"))
 VALID = Metric("Valid PPL", "valid_ppl", "valid_ppl")
 PARAMS = Metric("Params (M)", "params", "params_m", better=None, digits=1, scale=1e-6)
-WIKITEXT = ("ablate", "wikitext103")
+WIKITEXT = (ABLATE, "wikitext103")
 
 
-@report("table12", experiments=("ablate",))
+@report("table12", experiments=(ABLATE,))
 def table12(records: Sequence[Record], paper: PaperResults) -> Table:
     """Table 12: the rank of the value gate."""
     title, key, headings = "The rank of the value gate, at n = 16", ("size", "rank"), ("Size", "Rank")
@@ -324,7 +333,7 @@ def table12(records: Sequence[Record], paper: PaperResults) -> Table:
     )
 
 
-@report("table13", experiments=("ablate",))
+@report("table13", experiments=(ABLATE,))
 def table13(records: Sequence[Record], paper: PaperResults) -> Table:
     """Table 13: the expansion factor."""
     title, key, headings = "The expansion factor n, at rank 16", ("size", "expansion"), ("Size", "n")
@@ -333,7 +342,7 @@ def table13(records: Sequence[Record], paper: PaperResults) -> Table:
     )
 
 
-@report("table14", experiments=("ablate",))
+@report("table14", experiments=(ABLATE,))
 def table14(records: Sequence[Record], paper: PaperResults) -> Table:
     """Table 14: head sharing at 125M, and the caches, computed and read off real states."""
     printed, context = paper.table(14), SIZES["125m"].context

@@ -29,12 +29,12 @@ class Variant:
     size: str
     setting: str
     layers: int
+    experiment: str
     change: Change = lambda config: config
     base: Variant | None = None
-    experiment: str = "ablate"
 
-    def varied(self, label: str, *changes: Change, layers: int | None = None) -> Variant:
-        """A departure from this one by further changes; `label` is added to its label."""
+    def varied(self, experiment: str, label: str, *changes: Change, layers: int | None = None) -> Variant:
+        """A departure from this one by further changes, in an experiment; `label` is added to its label."""
 
         def change(config: LanguageModelConfig) -> LanguageModelConfig:
             for make in (self.change, *changes):
@@ -47,7 +47,7 @@ class Variant:
             layers=layers or self.layers,
             change=change,
             base=self.base or self,
-            experiment="ablate",
+            experiment=experiment,
         )
 
     def config(self, *, smoke: bool, **overrides: Any) -> LanguageModelConfig:

@@ -1,4 +1,5 @@
-"""Figures: named lines, drawn as SVG and PNG with their numbers beside them as CSV, byte for byte reproducible.
+"""Figures: named lines and heat maps, drawn as SVG and PNG with their numbers beside them as CSV, byte for byte
+reproducible.
 
 A function that makes one is registered under its name, `@FIGURES.register("state_bytes")`. A model has the same colour
 and marker in every figure.
@@ -11,7 +12,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 from zlib import crc32
 
 from rodimus_lab.errors import UserError
@@ -56,17 +57,106 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Axis:
+    """`scale` is log2 (powers of two are marked), log or linear; `unit` is written with the numbers, in thousands and
+    millions. `also` is a second axis of the same points: its label, and what a value of this one is worth on it."""
+
+    label: str
+    scale: Literal["log2", "log", "linear"] = "log"
+    unit: str | None = None
+    also: tuple[str, float] | None = None
+
+
+@dataclass(frozen=True)
 class Figure:
-    """Lines over logarithmic axes, x in powers of two. `unit` is that of y."""
+    """Lines over two axes."""
 
     title: str
-    x_label: str
-    y_label: str
-    unit: str
+    x: Axis
+    y: Axis
     lines: Sequence[Line]
+    size: tuple[float, float] = (7.5, 5.0)
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        """The numbers below their header."""
+        points = [(line.name, x, y) for line in self.lines for x, y in zip(line.xs, line.ys, strict=True)]
+        return [("name", self.x.label, self.y.label), *points]
+
+    def paint(self, canvas: Any) -> None:
+        """Draw into a matplotlib figure or a part of one."""
+        from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+        axes = canvas.add_subplot(title=self.title)
+        for axis, ticks, set_scale in ((self.x, axes.xaxis, axes.set_xscale), (self.y, axes.yaxis, axes.set_yscale)):
+            set_scale("linear" if axis.scale == "linear" else "log")
+            ticks.set_label_text(axis.label)
+        for line in self.lines:
+            axes.plot(line.xs, line.ys, **style_of(line.name), clip_on=False)
+        if self.x.scale == "log2":
+            axes.xaxis.set_major_locator(FixedLocator(sorted({x for line in self.lines for x in line.xs})))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
+        for axis, ticks in ((self.x, axes.xaxis), (self.y, axes.yaxis)):
+            if axis.unit is not None:
+                _in_unit(ticks, axis.unit)
+        if self.x.also is not None:
+            label, worth = self.x.also
+            axes.secondary_xaxis("top", functions=(lambda x: x * worth, lambda x: x / worth)).set_xlabel(label)
+        _name_lines(axes, self.lines)
 
 
-MakeFigure: TypeAlias = Callable[[Sequence[Record], PaperResults], Figure]
+@dataclass(frozen=True)
+class HeatMap:
+    """`values[row][column]`; the columns have names, the rows are counted from 0."""
+
+    title: str
+    columns: Sequence[str]
+    values: Sequence[Sequence[float]]
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        """The numbers below their header."""
+        cells = [
+            (column, self.columns[column], row, value)
+            for row, line in enumerate(self.values)
+            for column, value in enumerate(line)
+        ]
+        return [("column", "name", "row", "value"), *cells]
+
+    def paint(self, canvas: Any) -> None:
+        """Draw into a matplotlib figure or a part of one."""
+        axes = canvas.add_subplot(title=self.title)
+        image = axes.imshow(self.values, aspect="auto", cmap="viridis", interpolation="nearest", rasterized=True)
+        axes.grid(False)
+        # A dollar sign would begin a formula.
+        axes.set_xticks(range(len(self.columns)), [name.replace("$", r"\$") for name in self.columns], rotation=90)
+        axes.tick_params(axis="x", labelsize=6)
+        canvas.colorbar(image, ax=axes)
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Figures or heat maps, so many in a row."""
+
+    title: str
+    parts: Sequence[Figure | HeatMap]
+    columns: int = 2
+    size: tuple[float, float] = (13.0, 5.0)
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        """The numbers of all panels, which have one header in common but for the names of their axes."""
+        header = ("panel", *self.parts[0].rows()[0])
+        return [header, *((part.title, *row) for part in self.parts for row in part.rows()[1:])]
+
+    def paint(self, canvas: Any) -> None:
+        """Draw into a matplotlib figure."""
+        canvas.suptitle(self.title)
+        pieces = canvas.subfigures(-(-len(self.parts) // self.columns), self.columns, squeeze=False)
+        for part, piece in zip(self.parts, pieces.flat, strict=False):
+            part.paint(piece)
+
+
+Drawing: TypeAlias = Figure | HeatMap | Panels
+MakeFigure: TypeAlias = Callable[[Sequence[Record], PaperResults], Drawing]
 FIGURES: Registry[MakeFigure] = Registry("figure")
 
 
@@ -77,7 +167,7 @@ def write_figures(out_dir: Path | str = PROJECT_ROOT / "results" / "figures") ->
     return [path for name in FIGURES for path in write_figure(FIGURES[name](records, paper), out_dir, name)]
 
 
-def write_figure(figure: Figure, out_dir: Path | str, name: str) -> list[Path]:
+def write_figure(figure: Drawing, out_dir: Path | str, name: str) -> list[Path]:
     """Write `name.svg`, `name.png` and `name.csv` into `out_dir`; returns their paths."""
     check_name(name)
     svg, png, numbers = (Path(out_dir) / f"{name}.{suffix}" for suffix in ("svg", "png", "csv"))
@@ -88,39 +178,35 @@ def write_figure(figure: Figure, out_dir: Path | str, name: str) -> list[Path]:
     return [svg, png, numbers]
 
 
-def figure_csv(figure: Figure) -> str:
+def figure_csv(figure: Drawing) -> str:
     """A row for every point."""
     text = io.StringIO()
-    rows = ((line.name, x, y) for line in figure.lines for x, y in zip(line.xs, line.ys, strict=True))
-    csv.writer(text, lineterminator="\n").writerows([("name", figure.x_label, figure.y_label), *rows])
+    csv.writer(text, lineterminator="\n").writerows(figure.rows())
     return text.getvalue()
 
 
-def draw(figure: Figure, salt: str) -> dict[str, bytes]:
+def draw(figure: Drawing, salt: str) -> dict[str, bytes]:
     """The figure as SVG and PNG. Raises `UserError` where matplotlib is not installed."""
     try:
         from matplotlib import style
         from matplotlib.figure import Figure as Canvas
-        from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator
     except ImportError:
         raise UserError("figures need matplotlib; install it with: pip install -e '.[figures]'") from None
     files = {}
     with style.context(["default", HOUSE | {"svg.hashsalt": salt}]):
-        canvas = Canvas(figsize=(7.5, 5.0), layout="constrained")
-        axes = canvas.add_subplot(xscale="log", yscale="log", title=figure.title)
-        axes.set(xlabel=figure.x_label, ylabel=figure.y_label)
-        for line in figure.lines:
-            axes.plot(line.xs, line.ys, **style_of(line.name), clip_on=False)
-        axes.xaxis.set_major_locator(FixedLocator(sorted({x for line in figure.lines for x in line.xs})))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(EngFormatter(figure.unit))
-        _name_lines(axes, figure.lines)
+        canvas = Canvas(figsize=getattr(figure, "size", (7.5, 5.0)), layout="constrained")
+        figure.paint(canvas)
         for suffix, metadata in {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}.items():
             file = io.BytesIO()
             canvas.savefig(file, format=suffix, metadata=metadata)
             files[suffix] = file.getvalue()
     return files
+
+
+def _in_unit(ticks: Any, unit: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    ticks.set_major_formatter(EngFormatter(unit))
 
 
 def style_of(name: str) -> dict[str, Any]:

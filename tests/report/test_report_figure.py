@@ -8,12 +8,12 @@ import pytest
 
 from rodimus_lab.records import PROJECT_ROOT, load_records
 from rodimus_lab.registry import load_plugins
-from rodimus_lab.report import FIGURES, Figure, Line, PaperResults, write_figure
+from rodimus_lab.report import FIGURES, Axis, Figure, HeatMap, Line, Panels, PaperResults, write_figure
 from rodimus_lab.report.figure import FAMILIES, figure_csv, spread, style_of
 
 COMMITTED = PROJECT_ROOT / "results" / "figures"
 LINES = [Line("rodimus", (512, 1024), (5, 5)), Line("transformer", (512, 1024), (1.5, 3))]
-FIGURE = Figure("State", "Context", "Bytes", "B", LINES)
+FIGURE = Figure("State", Axis("Context", "log2"), Axis("Bytes", unit="B"), LINES)
 
 
 def test_the_same_figure_is_the_same_files(tmp_path: Path) -> None:
@@ -23,6 +23,25 @@ def test_the_same_figure_is_the_same_files(tmp_path: Path) -> None:
     assert [path.suffix for path in first] == [".svg", ".png", ".csv"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
     assert b"<dc:date>" not in first[0].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "part", [FIGURE, HeatMap("g", ["a", "$b", "a"], [[0.5, 1.0, 2.0], [0.1, 0.2, 0.3]])], ids=lambda part: part.title
+)
+def test_panels_hold_what_their_parts_do(part: Figure | HeatMap, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    both = Panels("Both", [part, part, part])
+    assert figure_csv(both).count("\n") == 3 * (len(part.rows()) - 1) + 1
+    again = [path.read_bytes() for path in write_figure(both, tmp_path / "again", "both")]
+    assert again == [path.read_bytes() for path in write_figure(both, tmp_path, "both")]
+
+
+def test_a_heat_map_names_its_columns() -> None:
+    assert figure_csv(HeatMap("g", ["a", "b"], [[0.5, 1.0]])).splitlines() == [
+        "column,name,row,value",
+        "0,a,0,0.5",
+        "1,b,0,1.0",
+    ]
 
 
 def test_numbers_stand_beside_it() -> None:
