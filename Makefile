@@ -8,7 +8,7 @@ MODEL ?= rodimus
 RUN_FLAGS := $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-gpu lint wikitext103 tables figures zoo bench doctor clean
+.PHONY: help setup test test-gpu lint wikitext103 ablate memory-ppl gates tables figures zoo bench doctor clean
 
 help: ## list the targets
 	@echo "Targets (options in capitals, such as MODEL=rodimus BUDGET=short CORPUS=enwiki-25k):"
@@ -36,6 +36,15 @@ lint: setup ## ruff and mypy
 
 wikitext103: setup ## train MODEL at Table 1's configuration and rebuild Table 1 [MODEL BUDGET CORPUS STEPS SEED]
 	$(LAB) wikitext103 --model $(MODEL) $(RUN_FLAGS)
+
+ablate: setup ## train the runs of TABLE (12 to 18) and rebuild the tables [TABLE LAYERS BUDGET CORPUS STEPS SEED]
+	$(LAB) ablate $(if $(TABLE),--table $(TABLE)) $(if $(LAYERS),--layers $(LAYERS)) $(RUN_FLAGS)
+
+memory-ppl: setup ## train the points of Figure 1a, or with ARTEFACT=table7 those of Table 7 [ARTEFACT BUDGET CORPUS STEPS SEED]
+	$(LAB) memory-ppl $(if $(ARTEFACT),--artefact $(ARTEFACT)) $(RUN_FLAGS)
+
+gates: setup ## draw the gates of a trained RUN over TEXT (Figure 8) [RUN TEXT BESIDE]
+	$(LAB) gates $(RUN) --text "$(TEXT)" $(if $(BESIDE),--beside $(BESIDE))
 
 tables: setup ## rebuild every table from the run records
 	$(LAB) report

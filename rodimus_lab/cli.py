@@ -24,13 +24,14 @@ from rodimus_lab.data import Tokenizer, describe, list_corpora, load_tokenizer, 
 from rodimus_lab.doctor import examine
 from rodimus_lab.errors import UserError
 from rodimus_lab.experiment import EXPERIMENTS, REPORTS, Experiment, choose_budget
+from rodimus_lab.gates import heat_maps, layer_gates
 from rodimus_lab.generate import Sampling, stream, stream_text
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config
 from rodimus_lab.plan import plan, plan_table
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import PROJECT_ROOT, describe_budget, load_records, load_unfinished, tables_root
 from rodimus_lab.registry import load_plugins
-from rodimus_lab.report import PaperResults, runs_json, runs_table, to_markdown, write
+from rodimus_lab.report import PaperResults, runs_json, runs_table, to_markdown, write, write_figure
 from rodimus_lab.weights import load_model
 
 app = typer.Typer(
@@ -370,6 +371,33 @@ def generate(
     for text in stream_text(tokenizer, ids, tokens):
         print(text, end="", flush=True)
     print()
+
+
+@app.command(rich_help_panel="Models")
+def gates(
+    run: Annotated[str, typer.Argument(help="A run of rodimus or rodimus+: its id, or a folder with its weights.")],
+    text: Annotated[str, typer.Option(help="The sentence to read.")],
+    layer: Annotated[int | None, typer.Option(help="Counted from 1. Default: the middle one.")] = None,
+    beside: Annotated[str | None, typer.Option(help="A run without tau, for the maps of g and exp(-g).")] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("."),
+) -> None:
+    """Draw the gates of a trained layer over a sentence, with and without the temperature (Figure 8)."""
+    model, recipe = load_model(run)
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    ids = tokenizer.encode(text)
+    own = layer_gates(model, ids, layer, run=recipe.id)
+    plain = None
+    if beside is not None:
+        other, its_recipe = load_model(beside)
+        if its_recipe.data.tokenizer != recipe.data.tokenizer:
+            raise UserError(f"{beside} reads other tokens than {run}; give runs of one tokenizer")
+        plain = layer_gates(other, ids, layer, run=its_recipe.id)
+        if plain.tau_Tn is not None:
+            raise UserError(f"{beside} has the gate tau; give a run without it, such as one of ablate --gate tau")
+    tokens = [tokenizer.decode([token]) for token in ids]
+    said = f"layer {'in the middle' if layer is None else layer}"
+    paths = write_figure(heat_maps(own, plain, tokens, said), out, f"gates-{recipe.id}")
+    console.print(f"written: {', '.join(map(str, paths))}")
 
 
 def _stop_token(tokenizer: Tokenizer, text: str) -> int:

@@ -204,9 +204,10 @@ def draw(figure: Drawing, salt: str) -> dict[str, bytes]:
 
 
 def _in_unit(ticks: Any, unit: str) -> None:
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, NullFormatter
 
     ticks.set_major_formatter(EngFormatter(unit))
+    ticks.set_minor_formatter(NullFormatter())
 
 
 def style_of(name: str) -> dict[str, Any]:
