@@ -115,7 +115,8 @@ def test_hops_and_order() -> None:
         row: [[sublayer.kind for sublayer in hop] for hop in variant.config(smoke=False).pattern[0].hops]
         for row, variant in (tables()[17] | tables()[18]).items()
     }
-    assert kinds["24", "yes"] == [["rodimus"], ["attention", "swiglu"]] or kinds["24", "yes"][0] == ["rodimus"]
+    assert kinds["24", "yes"][0] == ["rodimus"]
+    assert kinds["24", "yes"][1][0] == "attention"
     assert [len(hop) for hop in kinds["24", "yes"]] == [1, 2]
     assert [len(hop) for hop in kinds["24", "no"]] == [1, 1, 1]
     assert kinds["X + Rodimus", "Pile", "24"] == kinds["Rodimus + X", "Pile", "24"][::-1]
