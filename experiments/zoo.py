@@ -22,7 +22,7 @@ from rodimus_lab.nn.mixer import TokenMixer, state_nbytes
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config
 from rodimus_lab.records import PROJECT_ROOT, Record, write_atomic
 from rodimus_lab.registry import load_plugins
-from rodimus_lab.report import FIGURES, Cell, Column, Figure, Line, PaperResults, Table, to_markdown
+from rodimus_lab.report import FIGURES, Axis, Cell, Column, Figure, Line, PaperResults, Table, to_markdown
 
 PAGE = PROJECT_ROOT / "docs" / "zoo.md"
 SIZE = SIZES["1.3b"]
@@ -190,9 +190,8 @@ def state_bytes(records: Sequence[Record], paper: PaperResults) -> Figure:
     lines = [Line(name, GROWING, state_sizes(name, GROWING, size=SIZE.name)) for name in MODELS]
     return Figure(
         f"State of one sequence at the {SIZE.name} size, in bfloat16",
-        "Context (tokens)",
-        "State (bytes)",
-        "B",
+        Axis("Context (tokens)", "log2"),
+        Axis("State (bytes)", unit="B"),
         lines,
     )
 

@@ -23,6 +23,9 @@ from rodimus_lab.records import PROJECT_ROOT, load_records
 COMMANDS = [
     [],
     ["wikitext103"],
+    ["ablate"],
+    ["memory-ppl"],
+    ["gates"],
     ["train"],
     ["report"],
     ["runs"],

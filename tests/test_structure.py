@@ -14,8 +14,20 @@ PACKAGES = ("rodimus_lab", "baselines", "evals", "experiments")
 FLOORS = {
     1: {"errors", "config", "registry", "ops"},
     2: {"nn", "data", "records"},
-    3: {"baselines", "recipe", "sampling", "decoder", "generate", "scoring", "weights", "accounting", "hf", "report"},
-    4: {"experiment", "evals", "doctor"},
+    3: {
+        "baselines",
+        "recipe",
+        "sampling",
+        "decoder",
+        "generate",
+        "scoring",
+        "weights",
+        "gates",
+        "accounting",
+        "hf",
+        "report",
+    },
+    4: {"experiment", "command", "settings", "variant", "plan", "evals", "doctor"},
     5: {"experiments", "train", "sweep", "bench"},
     6: {"cli"},
 }

@@ -9,9 +9,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from rodimus_lab.records import Record, canonical_json
 from rodimus_lab.report.paper import PaperRow, PaperValue
-from rodimus_lab.report.table import Cell, Column, Table
+from rodimus_lab.report.table import Cell, Column, Table, stands_in
 
 Key: TypeAlias = tuple[str, ...]
+NOT_RUN = Cell(None, source="measured", missing="not run")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def paper_vs_measured(
     headings: Sequence[str] = ("Model",),
     record_key: Callable[[Record], Sequence[Any]] = lambda record: (record.label,),
     given: Mapping[str, Callable[[Key], Cell]] | None = None,
-    paper_corpus: str | None = None,
+    paper_corpus: str | tuple[str, ...] | None = None,
     per_device: bool = False,
     caption: str = "",
     notes: Sequence[str] = (),
@@ -58,8 +59,9 @@ def paper_vs_measured(
     `key` are the paper's columns that name a row, `headings` their headings, and `record_key` the same values for a
     record; `rodimus_plus` and `rodimus+` count as one. `given` holds further columns: heading -> cell for a row's
     names. Runs that differ in the seed only become mean and standard deviation. Other runs that meet in one cell get
-    a row each, with the settings that tell them apart. `per_device` keeps devices apart, as speeds need. A number
-    that is not there is missing. Raises `ValueError` where `key` does not tell the paper's rows apart.
+    a row each, with the settings that tell them apart. `per_device` keeps devices apart, as speeds need. Where
+    nothing was run a cell says so; a number that a run or the paper does not give is missing. Raises `ValueError` where
+    `key` does not tell the paper's rows apart.
     """
     papers: dict[Key, PaperRow] = {}
     names: dict[Key, list[PaperValue]] = {}
@@ -74,7 +76,7 @@ def paper_vs_measured(
         values = list(record_key(record))
         names.setdefault(_key(values), values)
         group = Group(
-            stand_in=record.corpus != (paper_corpus or record.corpus),
+            stand_in=stands_in(record.corpus, paper_corpus),
             corpus=record.corpus,
             tokenizer=record.tokenizer,
             minus_steps=-record.budget["steps"],
@@ -92,6 +94,8 @@ def paper_vs_measured(
         texts = {text for cells in runs.values() for row, text in cells if row == name}
         rows += [(name, text) for text in sorted(texts | ({""} if name in papers else set()))]
 
+    split = {(row, "") for row, text in rows if text}  # The paper's rows whose runs stand in rows of their own.
+
     columns = [
         (Column(heading), [Cell(names[row][index]) for row, _ in rows]) for index, heading in enumerate(headings)
     ]
@@ -103,9 +107,14 @@ def paper_vs_measured(
             quoted = [{} if text else papers.get(row, {}) for row, text in rows]
             columns.append((column, [Cell(row.get(metric.paper_column), source="paper") for row in quoted]))
         for cells in runs.values():
-            measured = [_measured(cells.get(row, []), metric) for row in rows]
+            measured = [
+                _measured(found, metric) if (found := cells.get(row)) else Cell(None) if row in split else NOT_RUN
+                for row in rows
+            ]
             if any(cell.value is not None for cell in measured):
                 columns.append((column, measured))
+        if not runs and metric.paper_column is not None and metric.better is not None:
+            columns.append((Column(metric.name, metric.better), [NOT_RUN] * len(rows)))
     if any(text for _, text in rows):
         columns.insert(len(headings), (Column("Settings"), [Cell(text or None) for _, text in rows]))
     return Table(

@@ -81,7 +81,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under columns. `paper_corpus` is what the paper trained on: any other corpus is a stand-in.
+    """Rows of cells under columns. `paper_corpus` is what the paper trained on, one or several: any other corpus is a
+    stand-in.
 
     Raises `ValueError` where a column mixes sources, corpora, tokenizers or budgets: such numbers are not comparable
     and belong in separate columns.
@@ -92,7 +93,7 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
     notes: Sequence[str] = ()
-    paper_corpus: str | None = None
+    paper_corpus: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -178,16 +179,28 @@ class Table:
         return (cell.source, cell.corpus, cell.tokenizer, cell.budget, cell.device if column.per_device else None)
 
     def _stands_in(self, cell: Cell) -> bool:
-        return self.paper_corpus is not None and cell.corpus != self.paper_corpus
+        return stands_in(cell.corpus, self.paper_corpus)
 
     def _conditions(self, cell: Cell, *, device: bool) -> list[str]:
         parts = [
-            f"{cell.corpus} standing in for {self.paper_corpus}" if self._stands_in(cell) else cell.corpus,
+            f"{cell.corpus} standing in for {' or '.join(corpora(self.paper_corpus))}"
+            if self._stands_in(cell)
+            else cell.corpus,
             cell.tokenizer and f"{cell.tokenizer} tokens",
             cell.budget,
             cell.device if device else None,
         ]
         return [part for part in parts if part]
+
+
+def corpora(paper_corpus: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The corpora that a table's `paper_corpus` names."""
+    return (paper_corpus,) if isinstance(paper_corpus, str) else paper_corpus or ()
+
+
+def stands_in(corpus: str | None, paper_corpus: str | tuple[str, ...] | None) -> bool:
+    """Whether a corpus is none of the paper's, where these are known."""
+    return paper_corpus is not None and corpus not in corpora(paper_corpus)
 
 
 def check_name(name: str) -> None:
