@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from rodimus_lab.bench import app as bench_app
+from rodimus_lab.command import COMMANDS
 from rodimus_lab.config import did_you_mean
 from rodimus_lab.data import Tokenizer, describe, list_corpora, load_tokenizer, padded_vocab_size, prepare
 from rodimus_lab.doctor import examine
@@ -139,8 +140,10 @@ OPTION_HELP = {
 
 @cache
 def add_experiments() -> None:
-    """Make a command of every registered experiment."""
+    """Make a command of every registered experiment, and take in the commands that modules bring along."""
     load_plugins()
+    for name in COMMANDS:
+        app.command(name, rich_help_panel="Models")(COMMANDS[name])
     for name in EXPERIMENTS:
         app.command(name, rich_help_panel="Experiments")(_command_of(EXPERIMENTS[name]))
 

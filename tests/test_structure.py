@@ -15,7 +15,7 @@ FLOORS = {
     1: {"errors", "config", "registry", "ops"},
     2: {"nn", "data", "records"},
     3: {"baselines", "recipe", "sampling", "decoder", "generate", "scoring", "weights", "accounting", "hf", "report"},
-    4: {"experiment", "evals", "doctor"},
+    4: {"experiment", "command", "evals", "doctor"},
     5: {"experiments", "train", "sweep", "bench"},
     6: {"cli"},
 }

@@ -86,7 +86,7 @@ class _Files:
         return found
 
     def chains(self, name: str) -> list[Chain]:
-        return self._parsed(lambda text: [_chain(value) for value in json.loads(text)], self._read(name), name)
+        return self._parsed(_chains, self._read(name), name)
 
     def names(self, languages: Iterable[Language]) -> dict[Language, list[str]]:
         spelled = {language: name for name, language in LANGUAGES.items()}
@@ -140,6 +140,13 @@ def _needle(line: str) -> Needle:
     if not all(isinstance(text, str) for text in texts) or not texts[2]:
         raise TypeError
     return Needle(LANGUAGES[value["language"]], *texts)
+
+
+def _chains(text: str) -> list[Chain]:
+    values = json.loads(text)
+    if not isinstance(values, list):
+        raise TypeError
+    return [_chain(value) for value in values]
 
 
 def _chain(value: Mapping[str, Any]) -> Chain:

@@ -1,7 +1,7 @@
 """Reports: tables and figures made of run records and of the paper's numbers. Needs neither torch nor a GPU."""
 
 from rodimus_lab.report.comparison import Metric, paper_vs_measured
-from rodimus_lab.report.figure import FIGURES, Figure, Line, write_figure, write_figures
+from rodimus_lab.report.figure import FIGURES, Drawing, Figure, HeatMap, Line, Panels, write_figure, write_figures
 from rodimus_lab.report.paper import PaperResults, PaperRow, Printed, paper_table
 from rodimus_lab.report.runs import runs_json, runs_table
 from rodimus_lab.report.table import Cell, Column, Table
@@ -11,9 +11,12 @@ __all__ = [
     "FIGURES",
     "Cell",
     "Column",
+    "Drawing",
     "Figure",
+    "HeatMap",
     "Line",
     "Metric",
+    "Panels",
     "PaperResults",
     "PaperRow",
     "Printed",

@@ -56,7 +56,8 @@ def test_single_retrieval_in_chinese_word_for_word() -> None:
     cell = Cell("single_retrieval", "zh", 1000, 1, 100)
     example = prompts(lengths=(1000,)).examples(cell)[0]
     needle = Random(0).choice(ZH_NEEDLES)
-    start = "你是一个善于回答用户问题的智能AI助手\n请保持你的回答简洁清楚。不要说和下面文档中的无关的话，或重复你的回答\n用户现在给你的文档是"
+    start = "你是一个善于回答用户问题的智能AI助手\n请保持你的回答简洁清楚。"
+    start += "不要说和下面文档中的无关的话，或重复你的回答\n用户现在给你的文档是"
     asked = f"{needle.subject}的面包师藏了什么？在回答之前，请思考文档中与此问题最相关的内容是什么。"
     asked += "请按照'面包师藏了________。'的格式回答。"
     text = document(example.prompt, start, f"\n\n现在请问：{asked}")
@@ -240,9 +241,8 @@ def test_ancestry_word_for_word() -> None:
     first += "family relationships described above, who is the eldest relative that 'James Hill' can trace back to in "
     first += "the context?\nA. Jasmine Lane\nB. James Hill\nC. Christopher Flores\nD. Paula Reeves\n\nAnswer: A\n"
     assert worked_examples("en").startswith(first + "Question: For Michael Goodwin, ")
-    chinese = '问题: 毕东作为刘红的爸爸，对刘红的成长有重要影响。 \n在上面提供的打乱的家族关系文本中，"刘红"的能够向上追溯到的'
-    assert worked_examples("zh").startswith(
-        chinese + "最年长的亲人是谁？\nA. 毕东\nB. 刘红\nC. 李清亮\nD. 王展\n\n回答: A\n问题: "
-    )
+    chinese = "问题: 毕东作为刘红的爸爸，对刘红的成长有重要影响。 \n在上面提供的打乱的家族关系文本中，"
+    chinese += '"刘红"的能够向上追溯到的最年长的亲人是谁？\nA. 毕东\nB. 刘红\nC. 李清亮\nD. 王展\n\n回答: A\n问题: '
+    assert worked_examples("zh").startswith(chinese)
     with pytest.raises(Impossible, match="only 8 names"):
         ancestry_examples(SOURCE.names["en"], "en", 9, 1)
