@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from rodimus_lab.config import Config, ConfigError
+from rodimus_lab.data.needle import NeedleConfig
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModelConfig
 
@@ -23,6 +25,17 @@ class DataConfig(Config):
     corpus: str
     tokenizer: str
     seq_len: Positive
+
+
+def _sort_of_data(value: Any) -> str:
+    """Text, unless a `task` is named."""
+    named = value.get("task") if isinstance(value, Mapping) else getattr(value, "task", None)
+    return "text" if named is None else str(named)
+
+
+AnyData = Annotated[
+    Annotated[DataConfig, Tag("text")] | Annotated[NeedleConfig, Tag("needle")], Discriminator(_sort_of_data)
+]
 
 
 class OptimizerConfig(Config):
@@ -69,7 +82,7 @@ class Recipe(Config):
     experiment: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     label: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     model: LanguageModelConfig
-    data: DataConfig
+    data: AnyData
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     budget: BudgetConfig

@@ -68,6 +68,24 @@ def negative_log_likelihood(
     return total
 
 
+def answers(model: LanguageModel, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
+    """The float64 four (nats, tokens counted, rows whose counted tokens are all the likeliest, rows with any) over
+    batches of (inputs_BT, targets_BT; -100: not counted)."""
+    total = torch.zeros(4, dtype=torch.float64, device=device)
+    with scoring(model):
+        for inputs_BT, targets_BT in batches:
+            inputs_BT, targets_BT = inputs_BT.to(device), targets_BT.to(device)
+            counted_BT = targets_BT != IGNORE
+            x_BTD, _ = model.hidden(inputs_BT)
+            logits_NV, targets_N = model.logits(x_BTD[counted_BT]), targets_BT[counted_BT]
+            wrong_BT = torch.zeros_like(counted_BT)
+            wrong_BT[counted_BT] = logits_NV.argmax(-1) != targets_N
+            asked_B = counted_BT.any(1)
+            nats = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum")
+            total += torch.stack([nats, counted_BT.sum(), (asked_B & ~wrong_BT.any(1)).sum(), asked_B.sum()])
+    return total
+
+
 def perplexity(
     model: LanguageModel, batches: Iterable[tuple[Tensor, Tensor]], *, words: int | None = None
 ) -> dict[str, float]:

@@ -10,21 +10,25 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from rodimus_lab.nn.model import IGNORE, LanguageModel
-from rodimus_lab.scoring import Precision, autocast, negative_log_likelihood, summarize
+from rodimus_lab.scoring import Precision, answers, autocast, negative_log_likelihood, summarize
 from rodimus_lab.train.distributed import World
 from rodimus_lab.train.feed import Batch, Feed
 
 
 def evaluate(model: LanguageModel, feed: Feed, world: World, rows: int, precision: Precision) -> dict[str, float]:
-    """`<split>_ppl`, and `<split>_word_ppl` where the number of words is known, for every split of the feed.
+    """`<split>_ppl`, and `<split>_word_ppl` where the number of words is known, for every split of the feed; where
+    a row is one answer, `<split>_accuracy` as well, the share (0 to 1) of those that are the likeliest, token by token.
 
     Every token is scored once; the ranks share the blocks, and each scores `rows` of them at a time.
     """
     metrics: dict[str, float] = {}
     for split, batches in feed.evaluation.items():
+        count = answers if feed.answers else negative_log_likelihood
         with autocast(world.device, precision):
-            total = negative_log_likelihood(model, filled(batches(rows), rows), world.device)
-        nll, tokens = world.sum(total).tolist()
+            total = count(model, filled(batches(rows), rows), world.device)
+        nll, tokens, *right = world.sum(total).tolist()
+        if right:
+            metrics[f"{split}_accuracy"] = right[0] / right[1]
         score = summarize(nll, int(tokens), feed.words.get(split))
         metrics |= {f"{split}_{name}": score[name] for name in ("ppl", "word_ppl") if name in score}
     return metrics

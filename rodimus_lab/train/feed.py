@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from rodimus_lab.data import BlockLoader, TokenBlocks, eval_batches, prepare
+from rodimus_lab.data import BlockLoader, PreparedData, TokenBlocks, eval_batches, prepare
+from rodimus_lab.data.needle import NeedleConfig, NeedleDocuments, NeedleLoader, needle_batches
 from rodimus_lab.errors import UserError
-from rodimus_lab.recipe import Recipe
+from rodimus_lab.recipe import DataConfig, Recipe
 from rodimus_lab.train.distributed import World
 
 Batch = tuple[Tensor, Tensor]
@@ -33,24 +34,25 @@ class Loader(Protocol):
 class Feed:
     """`evaluation[split](rows)` gives this rank's part of that split, at most `rows` rows a batch, as many batches on
     every rank and every token of the split once; `words[split]` is its number of words, `facts` what identifies the
-    data, in JSON, for the run's environment."""
+    data, in JSON, for the run's environment. With `answers` what counts in a row of evaluation is one answer."""
 
     train: Loader
     evaluation: Mapping[str, Callable[[int], Iterable[Batch]]]
     words: Mapping[str, int] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    answers: bool = False
 
 
 OpenFeed = Callable[[Recipe, World], Feed]
 
 
 def open_feed(recipe: Recipe, world: World) -> Feed:
-    """The recipe's corpus, tokenised on first use; all its splits but `train` are evaluated.
+    """The recipe's corpus, tokenised on first use, as it is or with needles; all its splits but `train` are evaluated.
 
     Raises `UserError` where the corpus cannot be had, a shard is corrupt, or the tokenizer has more tokens than the
     model's vocabulary.
     """
-    data, batch_size = recipe.data, recipe.budget.batch_size
+    data = recipe.data
     prepared = prepare(data.corpus, data.tokenizer, progress=world.main)
     if world.main:
         prepared.verify()
@@ -60,6 +62,30 @@ def open_feed(recipe: Recipe, world: World) -> Feed:
             f"the tokenizer {manifest.tokenizer} has {manifest.vocab_size} tokens, but the model's vocabulary only "
             f"{recipe.model.vocab_size}; enlarge it"
         )
+    if isinstance(data, NeedleConfig):
+        return _open_needles(recipe, data, prepared, world)
+    return _open_text(recipe, data, prepared, world)
+
+
+def _open_needles(recipe: Recipe, data: NeedleConfig, prepared: PreparedData, world: World) -> Feed:
+    documents = NeedleDocuments(data, prepared)
+
+    def reader(split: str) -> Callable[[int], Iterable[Batch]]:
+        return lambda rows: needle_batches(documents, split, rows, world.rank, world.size)
+
+    return Feed(
+        train=NeedleLoader(documents, recipe.budget.batch_size, recipe.seed, world.rank, world.size),
+        evaluation={split: reader(split) for split in ("valid", "test")},
+        facts={
+            "fingerprints": {split: prepared.fingerprint(split) for split in prepared.splits},
+            "tokenizer_fingerprint": prepared.manifest.tokenizer_fingerprint,
+        },
+        answers=True,
+    )
+
+
+def _open_text(recipe: Recipe, data: DataConfig, prepared: PreparedData, world: World) -> Feed:
+    manifest, batch_size = prepared.manifest, recipe.budget.batch_size
     blocks = TokenBlocks(prepared, "train", data.seq_len)
     loader = BlockLoader(blocks, batch_size, recipe.seed, world.rank, world.size)
     splits = [split for split in prepared.splits if split != "train"]
