@@ -23,8 +23,8 @@ from rodimus_lab.records import Record
 from rodimus_lab.report import Metric, PaperResults, Table, paper_vs_measured
 
 CONTEXT = 2048
-SMOKE_CONTEXT = 64
-STEPS, SMOKE_STEPS = 4000, 200
+SMOKE_CONTEXT = 48
+STEPS, SMOKE_STEPS = 4000, 240
 PLACES = (
     "Lisbon", "Prague", "Dublin", "Geneva", "Naples", "Vienna", "Madrid", "Boston", "Athens", "Warsaw", "Lima", "Cairo",
     "Quebec", "Nairobi", "Seoul", "Havana", "Tallinn", "Bergen", "Porto", "Krakow", "Salta", "Perth", "Osaka", "Malta",
@@ -68,10 +68,7 @@ SHORT_KEYS = (
     "time", "size", "name", "path", "line", "file", "type", "code", "list", "set", "class", "text", "string", "number",
     "value", "error",
 )  # fmt: skip
-SHORT_VALUES = (
-    "again", "better", "double", "short", "page", "later", "free", "kind", "much", "post", "exact", "median", "cook",
-    "virtual", "reverse", "down",
-)  # fmt: skip
+SHORT_VALUES = ("again", "better", "double", "short", "page", "later", "free", "kind")
 SHORT_FORM = Relation(needle="The word of {key} is {value}.", question="The word of {key} is", answer=" {value}.")
 
 
@@ -86,7 +83,7 @@ def needle(
 ) -> Sequence[Recipe]:
     """Teach one model to find a needle in a context of 2k tokens.
 
-    The paper has no such run. The smoke budget trains on a short form of 64 tokens over the documentation that Python
+    The paper has no such run. The smoke budget trains on a short form of 48 tokens over the documentation that Python
     carries.
     """
     name, _ = choose_budget(budget)
@@ -126,12 +123,12 @@ def needle(
             label=slug(model),
             model=model_config(model, size=size, vocab_size=padded_vocab_size(data.tokenizer)),
             data=data,
-            optimizer=OptimizerConfig(lr=1e-2 if small else 1e-3),
+            optimizer=OptimizerConfig(lr=2e-2 if small else 1e-3),
             schedule=ScheduleConfig(warmup_steps=min(steps - 1, steps // 20), min_lr=1e-4),
             budget=BudgetConfig(
                 name="smoke" if small else "short",
                 steps=steps,
-                batch_size=16 if small else 32,
+                batch_size=24 if small else 32,
                 eval_every=max(1, steps // 4 if small else steps // 8),
             ),
             precision="fp32" if small else "bf16",

@@ -87,7 +87,7 @@ def test_the_model_learns_to_find_held_out_needles(cli, places) -> None:
     result = cli("needle", "--budget", "smoke", "--device", "cpu")
     assert result.code == 0, result.err
     (record,) = load_records(experiment="needle")
-    assert record.metrics["test_accuracy"] > 4 / len(SHORT_VALUES)
+    assert record.metrics["test_accuracy"] > 3 / len(SHORT_VALUES)
     assert record.metrics["test_ppl"] < len(SHORT_VALUES)
     assert "needle.md" in result.out
     assert isinstance(Recipe.from_dict(record.recipe).model, LanguageModelConfig)
