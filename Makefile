@@ -10,7 +10,7 @@ MQAR_FLAGS := $(if $(filter-out file,$(origin MODEL)),--model $(MODEL)) $(if $(F
 RUN_FLAGS := $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-gpu lint wikitext103 ablate memory-ppl gates mqar sweep tables figures zoo bench doctor clean
+.PHONY: help setup test test-gpu lint wikitext103 ablate memory-ppl gates mqar needle needlebench sweep tables figures zoo bench doctor clean
 
 help: ## list the targets
 	@echo "Targets (options in capitals, such as MODEL=rodimus BUDGET=short CORPUS=enwiki-25k):"
@@ -53,6 +53,12 @@ gates: setup ## draw the gates of a trained RUN over TEXT (Figure 8) [RUN TEXT B
 
 mqar: setup ## train on associative recall, all of FIGURE (6 or 1b) or a part, and rebuild its tables [FIGURE MODEL LENGTH WIDTH LR BUDGET SEED]
 	$(LAB) mqar $(MQAR_FLAGS)
+
+needle: setup ## teach MODEL to find a needle in 2k tokens [MODEL BUDGET CORPUS STEPS SEED]
+	$(LAB) needle --model $(MODEL) $(RUN_FLAGS)
+
+needlebench: setup ## score a trained RUN on NeedleBench and draw its heat maps [RUN PRESET]
+	$(LAB) needlebench $(RUN) $(if $(PRESET),--preset $(PRESET))
 
 tables: setup ## rebuild every table from the run records
 	$(LAB) report

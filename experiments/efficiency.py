@@ -85,7 +85,7 @@ def table19(records: Sequence[Record], paper: PaperResults) -> Table:
         (Column("Words/s", "higher"), [Cell(row["throughput_wps"], source="paper") for row in printed]),
         *_speeds(rows, [(record, _training_row(record)) for record in records], digits=0),
     ]
-    return _table(
+    return Table.of(
         "Table 19. Training at 1.3B: FLOPs of one sequence, and throughput",
         columns,
         [PAPER_RULE, MAMBA2_NOTE, _timed_note()],
@@ -107,7 +107,7 @@ def table20(records: Sequence[Record], paper: PaperResults) -> Table:
         *_speeds(rows, [(record, _decoding_row(record)) for record in records], digits=1),
         *_memory(printed, rule, true),
     ]
-    return _table(
+    return Table.of(
         "Table 20. Decoding at 1.3B: FLOPs of one token, throughput, and memory beside the weights",
         columns,
         [
@@ -118,11 +118,6 @@ def table20(records: Sequence[Record], paper: PaperResults) -> Table:
             _timed_note(),
         ],
     )
-
-
-def _table(title: str, columns: Sequence[tuple[Column, Sequence[Cell]]], notes: Sequence[str]) -> Table:
-    cells = zip(*(cells for _, cells in columns), strict=True)
-    return Table(title, [column for column, _ in columns], list(cells), notes=notes)
 
 
 def _names(rows: Sequence[Row]) -> Iterator[tuple[Column, Sequence[Cell]]]:

@@ -188,7 +188,7 @@ def figure06(records: Sequence[Record], paper: PaperResults) -> Table:
         (Column("Width d"), [Cell(d) for _, _, d in rows]),
     ]
     measured = [column for budget, points in found.items() if points for column in _columns(rows, points, budget)]
-    return _table(
+    return Table.of(
         "Figure 6. Accuracy of recall (MQAR) by width",
         names + (measured or [(Column("Accuracy (%)"), [NOT_RUN] * len(rows))]),
         ["The paper prints no numbers for this figure, and no picture of it was at hand to read points from.", _RULE],
@@ -214,7 +214,7 @@ def figure01b(records: Sequence[Record], paper: PaperResults) -> Table:
         ),
     ]
     measured = [column for budget, points in found.items() if points for column in _columns(rows, points, budget)]
-    return _table(
+    return Table.of(
         f"Figure 1b. Accuracy of recall (MQAR) by state expansion: {LONG} tokens, {PAPER_PAIRS[LONG]} pairs, "
         f"d = {LONG_WIDTH}",
         names + (measured or [(Column("Accuracy (%)"), [NOT_RUN] * len(rows))]),
@@ -329,8 +329,3 @@ def _accuracy(runs: Sequence[Record] | None, budget: str) -> Cell:
         std=statistics.stdev(accuracies) if len(runs) > 1 else None,
         count=len(runs),
     )
-
-
-def _table(title: str, columns: Sequence[tuple[Column, Sequence[Cell]]], notes: Sequence[str]) -> Table:
-    cells = zip(*(cells for _, cells in columns), strict=True)
-    return Table(title, [column for column, _ in columns], list(cells), notes=notes)

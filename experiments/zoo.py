@@ -115,7 +115,7 @@ def table4(records: Sequence[Record], paper: PaperResults) -> Table:
         (Column("Operator"), [_ours(ours and ours.operator) for ours in found]),
         (Column("File"), [Cell(ours and _relative(ours.path), missing=NOT_YET) for ours in found]),
     ]
-    return _table(
+    return Table.of(
         "Table 4. Functional forms: S_t = A_t * S_{t-1} + B_t * (k_tᵀ v_t)",
         columns,
         [
@@ -134,7 +134,7 @@ def others() -> Table:
     load_plugins()
     elsewhere = {row["model"] for row in PaperResults().table(4)} | set(BEYOND)
     names = [name for name in MODELS if name not in elsewhere]
-    return _table("The rest of the zoo", _columns(names), [_at_size()])
+    return Table.of("The rest of the zoo", _columns(names), [_at_size()])
 
 
 def beyond() -> Table:
@@ -146,7 +146,7 @@ def beyond() -> Table:
         (Column("State, n × m"), [_ours(_state(one)) for one in found]),
         (Column("Operator"), [_ours(one.operator) for one in found]),
     ]
-    return _table(
+    return Table.of(
         "Beyond the paper",
         columns,
         [
@@ -289,8 +289,3 @@ def _relative(path: Path | str) -> str:
 
 def _section(table: Table) -> str:
     return f"#{to_markdown(table)}"
-
-
-def _table(title: str, columns: Sequence[tuple[Column, Sequence[Cell]]], notes: Sequence[str]) -> Table:
-    cells = zip(*(cells for _, cells in columns), strict=True)
-    return Table(title, [column for column, _ in columns], list(cells), notes=notes)

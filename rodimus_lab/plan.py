@@ -118,8 +118,9 @@ def _said(changes: dict[str, Any]) -> str:
 
 def _model(recipe: dict[str, Any]) -> str:
     # Vocabulary and dropout hardly change the speed, and a stand-in corpus may have another tokenizer.
+    data = recipe["data"]
     model = {name: value for name, value in recipe["model"].items() if name not in ("vocab_size", "dropout")}
-    return json.dumps([model, recipe["data"]["seq_len"]], sort_keys=True)
+    return json.dumps([model, data.get("seq_len", data)], sort_keys=True)
 
 
 def _flops(recipe: Recipe) -> float:

@@ -11,6 +11,7 @@ from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
 
 from rodimus_lab.config import Config, ConfigError
 from rodimus_lab.data.mqar import MqarConfig
+from rodimus_lab.data.needle import NeedleConfig
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModelConfig
 
@@ -34,7 +35,8 @@ def _sort_of_data(value: Any) -> str:
 
 
 AnyData = Annotated[
-    Annotated[DataConfig, Tag("text")] | Annotated[MqarConfig, Tag("mqar")], Discriminator(_sort_of_data)
+    Annotated[DataConfig, Tag("text")] | Annotated[MqarConfig, Tag("mqar")] | Annotated[NeedleConfig, Tag("needle")],
+    Discriminator(_sort_of_data),
 ]
 
 

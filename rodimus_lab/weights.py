@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rodimus_lab.data.storage import sha256_of
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModel
 from rodimus_lab.recipe import Recipe
@@ -62,6 +63,14 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def model_checksum(run: str | Path, root: Path | str | None = None) -> str:
+    """What `write_tensors` noted of a run's weights, in 16 hex digits; of another program's file, a hash of it."""
+    path = find_model(run, root) / MODEL
+    with safe_open(path, framework="pt") as file:
+        noted = (file.metadata() or {}).get("sha256")
+    return (noted or sha256_of(path))[:16]
 
 
 def save_model(directory: Path, weights: Mapping[str, Tensor], recipe: Recipe) -> None:

@@ -1,7 +1,17 @@
 """Reports: tables and figures made of run records and of the paper's numbers. Needs neither torch nor a GPU."""
 
 from rodimus_lab.report.comparison import NOT_RUN, Metric, paper_vs_measured
-from rodimus_lab.report.figure import FIGURES, Axis, Figure, HeatMap, Line, Panels, write_figure, write_figures
+from rodimus_lab.report.figure import (
+    FIGURES,
+    Axis,
+    Drawing,
+    Figure,
+    HeatMap,
+    Line,
+    Panels,
+    write_figure,
+    write_figures,
+)
 from rodimus_lab.report.order import with_order
 from rodimus_lab.report.paper import PaperResults, PaperRow, Printed, paper_table
 from rodimus_lab.report.runs import runs_json, runs_table
@@ -14,6 +24,7 @@ __all__ = [
     "Axis",
     "Cell",
     "Column",
+    "Drawing",
     "Figure",
     "HeatMap",
     "Line",

@@ -117,14 +117,7 @@ def paper_vs_measured(
             columns.append((Column(metric.name, metric.better), [NOT_RUN] * len(rows)))
     if any(text for _, text in rows):
         columns.insert(len(headings), (Column("Settings"), [Cell(text or None) for _, text in rows]))
-    return Table(
-        title,
-        [column for column, _ in columns],
-        list(zip(*(cells for _, cells in columns), strict=True)),
-        caption,
-        notes,
-        paper_corpus,
-    )
+    return Table.of(title, columns, notes, caption=caption, paper_corpus=paper_corpus)
 
 
 def _measured(runs: Sequence[Record], metric: Metric) -> Cell:

@@ -1,15 +1,15 @@
 """Figures: named lines, heat maps, or panels of both, drawn as SVG and PNG with their numbers beside them as CSV, byte
 for byte reproducible.
 
-A function that makes one is registered under its name, `@FIGURES.register("state_bytes")`. A model has the same colour
-and marker in every figure.
+A function that makes one is registered under its name, `@FIGURES.register("state_bytes")`; one that makes several, such
+as one a run, gives them by what follows that name. A model has the same colour and marker in every figure.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -159,7 +159,7 @@ class Panels:
 
 
 Drawing: TypeAlias = Figure | HeatMap | Panels
-MakeFigure: TypeAlias = Callable[[Sequence[Record], PaperResults], Drawing]
+MakeFigure: TypeAlias = Callable[[Sequence[Record], PaperResults], Drawing | Mapping[str, Drawing]]
 FIGURES: Registry[MakeFigure] = Registry("figure")
 
 
@@ -167,7 +167,13 @@ def write_figures(out_dir: Path | str = PROJECT_ROOT / "results" / "figures") ->
     """Draw every registered figure from all records; returns the files' paths."""
     load_plugins()
     records, paper = load_records(), PaperResults()
-    return [path for name in FIGURES for path in write_figure(FIGURES[name](records, paper), out_dir, name)]
+    drawings = {file: one for name in FIGURES for file, one in by_name(name, FIGURES[name](records, paper)).items()}
+    return [path for file, drawing in drawings.items() for path in write_figure(drawing, out_dir, file)]
+
+
+def by_name(name: str, made: Drawing | Mapping[str, Drawing]) -> dict[str, Drawing]:
+    """What a registered function made, by the names of the files."""
+    return {f"{name}-{end}": one for end, one in made.items()} if isinstance(made, Mapping) else {name: made}
 
 
 def write_figure(figure: Drawing, out_dir: Path | str, name: str) -> list[Path]:

@@ -95,6 +95,20 @@ class Table:
     notes: Sequence[str] = ()
     paper_corpus: str | tuple[str, ...] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        columns: Sequence[tuple[Column, Sequence[Cell]]],
+        notes: Sequence[str] = (),
+        *,
+        caption: str = "",
+        paper_corpus: str | tuple[str, ...] | None = None,
+    ) -> Table:
+        """A table by its columns, each with its cells from the first row down."""
+        rows = list(zip(*(cells for _, cells in columns), strict=True))
+        return cls(title, [column for column, _ in columns], rows, caption, notes, paper_corpus)
+
     def __post_init__(self) -> None:
         for row in self.rows:
             if len(row) != len(self.columns):
