@@ -21,9 +21,10 @@ from rodimus_lab.nn.block import BlockConfig
 from rodimus_lab.nn.heads import HeadKind, HeadSharing
 from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.rodimus import SelectionGate, TemperatureGate, ValueDecay, ValueGate
-from rodimus_lab.nn.zoo import SIZES, with_sublayers
+from rodimus_lab.nn.zoo import SIZES, slug, with_sublayers
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import Record
+from rodimus_lab.registry import plain_spelling
 from rodimus_lab.report import Cell, Metric, PaperResults, PaperRow, Table, paper_vs_measured, with_order
 from rodimus_lab.variant import Change, Row, Variant, distinct, listed, rows_of
 
@@ -113,8 +114,8 @@ def state(size: str, expansion: int = 16, rank: int = 16) -> Variant:
 
 def sharing(model: str, kind: HeadKind) -> Variant:
     """A row of Table 14: the base is MHA in Transformer++, the paper's SKA in Rodimus+."""
-    label, own = {"transformer++": ("transformer_pp", "mha"), "rodimus+": ("rodimus_plus", "ska")}[model]
-    base = Variant(f"{label}-125m", model, "125m", "pile-7b", 12, ABLATE, heads(own))  # type: ignore[arg-type]
+    own: HeadKind = "mha" if model == "transformer++" else "ska"
+    base = Variant(f"{slug(model)}-125m", model, "125m", "pile-7b", 12, ABLATE, heads(own))
     return base if kind == own else base.varied(ABLATE, kind, heads(kind))
 
 
@@ -337,7 +338,7 @@ def table14(records: Sequence[Record], paper: PaperResults) -> Table:
     }
 
     def named(row: Row) -> Row:
-        return (row[0].replace("_pp", "++").replace("_plus", "+"), row[1])
+        return (plain_spelling(row[0]), row[1])
 
     return _table(
         14,

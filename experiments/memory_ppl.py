@@ -20,9 +20,10 @@ from pydantic import Field
 from rodimus_lab.accounting import HALF, real_memory
 from rodimus_lab.experiment import BudgetName, choose_budget, experiment, report
 from rodimus_lab.nn.model import LanguageModelConfig
-from rodimus_lab.nn.zoo import SIZES, with_sublayers
+from rodimus_lab.nn.zoo import SIZES, slug, with_sublayers
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import Record
+from rodimus_lab.registry import plain_spelling
 from rodimus_lab.report import (
     FIGURES,
     Axis,
@@ -100,7 +101,7 @@ def points(artefact: str) -> dict[Row, Variant]:
 
 
 def _base(model: str, size: str, setting: str) -> Variant:
-    label = model.replace("+", "_plus")
+    label = slug(model)
     if setting == "wikitext-103":
         return Variant(label, model, size, setting, SIZES[size].num_layers, "wikitext103")
     return Variant(f"{label}-{size}", model, size, setting, SIZES[size].num_layers, MEMORY_PPL)
@@ -275,4 +276,4 @@ def _row(row: PaperRow) -> Row:
 
 
 def _plain(row: Row) -> Row:
-    return row[0].replace("_plus", "+"), row[1]
+    return plain_spelling(row[0]), row[1]

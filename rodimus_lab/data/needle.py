@@ -22,7 +22,7 @@ import torch
 from pydantic import Field, model_validator
 
 from rodimus_lab.config import Config
-from rodimus_lab.data.loader import IGNORED, Batch
+from rodimus_lab.data.loader import IGNORED, Batch, rng
 from rodimus_lab.data.prepared import PreparedData
 from rodimus_lab.errors import UserError
 
@@ -211,10 +211,6 @@ def needle_batches(
             inputs_T, targets_T = documents.row(rng(seed, number), split)
             drawn.append((inputs_T, targets_T if number < total else np.full_like(targets_T, IGNORED)))
         yield batch(iter(drawn))
-
-
-def rng(seed: int, index: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index])))
 
 
 def batch(rows: Iterator[tuple[np.ndarray, np.ndarray]]) -> Batch:

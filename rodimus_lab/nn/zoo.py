@@ -16,7 +16,7 @@ from rodimus_lab.nn.feedforward import FeedForwardConfig
 from rodimus_lab.nn.heads import HeadSharing
 from rodimus_lab.nn.model import InitConfig, LanguageModel, LanguageModelConfig
 from rodimus_lab.nn.rodimus import RodimusConfig, ValueGate
-from rodimus_lab.registry import Registry, load_plugins
+from rodimus_lab.registry import Registry, file_spelling, load_plugins
 
 
 class Size(NamedTuple):
@@ -99,9 +99,9 @@ def build_model(name: str, **options: Any) -> LanguageModel:
 
 
 def slug(name: str) -> str:
-    """`name` as it stands in ids and file names: rodimus+ -> rodimus_plus, transformer++ -> transformer_pp."""
+    """A model's name as it stands in ids and file names."""
     load_plugins()
-    return MODELS.canonical(name).replace("++", "_pp").replace("+", "_plus")
+    return file_spelling(MODELS.canonical(name))
 
 
 def align8(width: float) -> int:

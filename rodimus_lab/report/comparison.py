@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from rodimus_lab.records import Record, canonical_json
+from rodimus_lab.registry import file_spelling
 from rodimus_lab.report.paper import PaperRow, PaperValue
 from rodimus_lab.report.table import Cell, Column, Table, stands_in
 
@@ -175,4 +176,4 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def _key(values: Iterable[Any]) -> Key:
     """The names of a row in one spelling, that of file names: `rodimus+` and `rodimus_plus` are the same."""
     texts = (str(getattr(value, "text", value)) for value in values)
-    return tuple(text.lower().replace("++", "_pp").replace("+", "_plus") for text in texts)
+    return tuple(file_spelling(text.lower()) for text in texts)

@@ -10,7 +10,8 @@ import torch
 
 from rodimus_lab.config import ConfigError
 from rodimus_lab.data import prepare
-from rodimus_lab.data.needle import NeedleConfig, NeedleDocuments, NeedleLoader, Relation, needle_batches, rng
+from rodimus_lab.data.loader import rng
+from rodimus_lab.data.needle import NeedleConfig, NeedleDocuments, NeedleLoader, Relation, needle_batches
 from rodimus_lab.errors import UserError
 
 RELATION = Relation(needle="The word of {key} is {value}.", question="\nWord of {key}?", answer=" It is {value}.")

@@ -11,7 +11,8 @@ from evals.needlebench.source import Needle
 from evals.needlebench.spec import Cell
 from experiments.needle import SHORT_VALUES, needle
 from rodimus_lab.data import prepare
-from rodimus_lab.data.needle import NeedleConfig, NeedleDocuments, rng
+from rodimus_lab.data.loader import rng
+from rodimus_lab.data.needle import NeedleConfig, NeedleDocuments
 from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import load_records
