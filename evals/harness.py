@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from evals.open_models import OPEN_MODELS
+from rodimus_lab.command import command
 from rodimus_lab.errors import UserError
-from rodimus_lab.evaluator import evaluator
 
 
 def require_lm_eval() -> None:
@@ -21,7 +21,7 @@ def require_lm_eval() -> None:
             raise UserError(f"the package {module} is not installed; run: pip install -e '.[eval]'")
 
 
-@evaluator("eval")
+@command("eval", panel="Evaluation")
 def evaluate_models(
     models: Annotated[
         list[str] | None,

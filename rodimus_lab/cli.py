@@ -21,13 +21,14 @@ from rich.console import Console
 
 from rodimus_lab.bench import app as bench_app
 from rodimus_lab.checkpoint_commands import DeviceName, chat, convert, generate
+from rodimus_lab.command import COMMANDS
 from rodimus_lab.config import did_you_mean
 from rodimus_lab.data import describe, list_corpora, padded_vocab_size, prepare
 from rodimus_lab.doctor import examine
 from rodimus_lab.errors import RunsFailed, UserError
-from rodimus_lab.evaluator import EVALUATORS
 from rodimus_lab.experiment import EXPERIMENTS, REPORTS, Experiment, choose_budget
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config
+from rodimus_lab.plan import show_plan
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import PROJECT_ROOT, load_records, load_unfinished, tables_root
 from rodimus_lab.registry import load_plugins
@@ -48,6 +49,7 @@ INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PlanAsJson = Annotated[bool, typer.Option("--json", help="List the runs as JSON; with --dry-run.")]
 
 
 def main() -> None:
@@ -153,12 +155,12 @@ OPTION_HELP = {
 
 @cache
 def add_experiments() -> None:
-    """Make a command of every registered experiment and evaluator."""
+    """Make a command of every registered experiment, and take in the commands that modules bring along."""
     load_plugins()
+    for name in COMMANDS:
+        app.command(name, rich_help_panel=COMMANDS[name].panel)(COMMANDS[name].run)
     for name in EXPERIMENTS:
         app.command(name, rich_help_panel="Experiments")(_command_of(EXPERIMENTS[name]))
-    for name in EVALUATORS:
-        app.command(name, rich_help_panel="Evaluation")(EVALUATORS[name])
 
 
 def _command_of(experiment: Experiment) -> Callable[..., None]:
@@ -166,13 +168,18 @@ def _command_of(experiment: Experiment) -> Callable[..., None]:
     own = experiment.options
 
     def command(**values: Any) -> None:
-        chosen = {name: _listed(values.pop(name), own[name].default) for name in own}
+        dry_run, as_json = values.pop("dry_run"), values.pop("as_json")
+        chosen = {name: _listed(values.pop(name), own[name]) for name in own}
         if "budget" in chosen:
             budget, why = choose_budget(chosen["budget"][0])
-            console.print(f"budget: {budget} ({why})")
+            if not as_json:
+                console.print(f"budget: {budget} ({why})")
             chosen["budget"] = [budget]
         combinations = [dict(zip(chosen, each, strict=True)) for each in product(*chosen.values())]
         recipes = [recipe for options in combinations for recipe in experiment.recipes(**options)]
+        if dry_run:
+            show_plan(recipes, load_records(), console, as_json=as_json)
+            return
         failures: list[str | None] = []
         experiment.run(recipes, lambda some: failures.append(run_all(some, values)))
         for name in experiment.reports:
@@ -182,9 +189,12 @@ def _command_of(experiment: Experiment) -> Callable[..., None]:
 
     parameters = []
     for name, parameter in own.items():
-        annotation, default = _repeatable(parameter)
-        text = f"One of {', '.join(MODELS)}." if name == "model" else OPTION_HELP.get(name)
+        annotation, default, text = _repeatable(parameter)
+        text = text or (f"One of {', '.join(MODELS)}." if name == "model" else OPTION_HELP.get(name))
         parameters.append(_option(name, annotation, default, help=text))
+    parameters.append(_option("dry_run", bool, False, help="List the runs with their ids, and train none."))
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters.append(inspect.Parameter("as_json", keyword, default=False, annotation=PlanAsJson))
     command.__doc__ = (
         f"{inspect.getdoc(experiment.function)}\n\n"
         "--model and the like may be given several times: a run of each value, side by side where there is room."
@@ -192,22 +202,30 @@ def _command_of(experiment: Experiment) -> Callable[..., None]:
     return _with_run_options(command, parameters)
 
 
-def _repeatable(parameter: inspect.Parameter) -> tuple[Any, Any]:
-    """An experiment's option as one that may be given several times, with its default; flags and choices stay."""
-    plain = parameter.annotation
-    if get_origin(plain) is Annotated:
-        plain = get_args(plain)[0]
+def _repeatable(parameter: inspect.Parameter) -> tuple[Any, Any, str | None]:
+    """An experiment's option as one that may be given several times, with its default and what it says of itself;
+    flags, choices and lists stay."""
+    plain, text = _plain(parameter)
     members = [member for member in get_args(plain) if member is not NoneType]
     kind = members[0] if NoneType in get_args(plain) and len(members) == 1 else plain
     if kind not in (str, int, float):
-        return plain, parameter.default
-    return list[kind] | None, None if parameter.default is None else [parameter.default]  # type: ignore[valid-type]
+        return plain, parameter.default, text
+    return list[kind] | None, None if parameter.default is None else [parameter.default], text  # type: ignore[valid-type]
 
 
-def _listed(value: Any, default: Any) -> list[Any]:
-    if isinstance(value, list) and not isinstance(default, list | tuple):
-        return value or [default]
-    return [default if value is None else value]
+def _plain(parameter: inspect.Parameter) -> tuple[Any, str | None]:
+    """The annotation without what pydantic reads, and the description that is in it."""
+    if get_origin(parameter.annotation) is not Annotated:
+        return parameter.annotation, None
+    plain, field = get_args(parameter.annotation)[:2]
+    return plain, field.description
+
+
+def _listed(value: Any, parameter: inspect.Parameter) -> list[Any]:
+    """The values of an option, one a combination."""
+    if isinstance(value, list) and _repeatable(parameter)[0] != _plain(parameter)[0]:
+        return value or [parameter.default]
+    return [parameter.default if value is None else value]
 
 
 def _with_run_options(command: Callable[..., None], own: Sequence[inspect.Parameter]) -> Callable[..., None]:

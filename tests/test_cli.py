@@ -23,6 +23,12 @@ from rodimus_lab.records import PROJECT_ROOT, load_records
 COMMANDS = [
     [],
     ["wikitext103"],
+    ["ablate"],
+    ["memory-ppl"],
+    ["mqar"],
+    ["needle"],
+    ["needlebench"],
+    ["gates"],
     ["train"],
     ["report"],
     ["runs"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from importlib import import_module
@@ -12,15 +11,14 @@ from typing import Any, Literal, NamedTuple
 
 import transformers
 from lm_eval.api.model import TemplateLM
-from safetensors import SafetensorError, safe_open
 
 from rodimus_lab.convert import find_directory, layout_of, open_directory
 from rodimus_lab.convert.directory import CONFIG
+from rodimus_lab.convert.provenance import Provenance, label_of, of_folder, provenance
 from rodimus_lab.convert.tensors import read_json
 from rodimus_lab.device import device_type
 from rodimus_lab.errors import UserError
-from rodimus_lab.records import FROM_FOLDER, PUBLISHED
-from rodimus_lab.weights import MODEL
+from rodimus_lab.records import PUBLISHED
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Of these a prompt's left padding is masked out; the states of recurrent models may take it in.
@@ -90,50 +88,15 @@ def _own_model(directory: Path, options: LoadOptions) -> Subject:
         )
 
     facts: dict[str, float] = {"params": checkpoint.config.num_params()}
-    if recipe is None:
-        return _folder(directory, load, tokenizer.name, facts)
-    facts["trained_tokens"] = recipe.budget.steps * recipe.budget.batch_size * recipe.data.seq_len
-    return Subject(
-        label=recipe.label,
-        identity={"source": "run", "name": f"{recipe.experiment}/{recipe.id}", "weights": _checksum(directory / MODEL)},
-        corpus=recipe.data.corpus,
-        tokenizer=recipe.data.tokenizer,
-        budget=recipe.budget.to_dict(),
-        facts=facts,
-        load=load,
-    )
+    if recipe is not None:
+        facts["trained_tokens"] = recipe.budget.steps * recipe.budget.batch_size * recipe.data.seq_len
+    return _subject(provenance(checkpoint), load, tokenizer.name, facts)
 
 
-def _checksum(path: Path) -> str:
-    try:
-        with safe_open(path, framework="pt") as file:
-            known = (file.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}); train the run again") from None
-    return (known or _digest(path))[:16]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _folder(
-    folder: Path, load: Callable[[], TemplateLM], tokenizer: str = "", facts: dict[str, float] | None = None
+def _subject(
+    origin: Provenance, load: Callable[[], TemplateLM], tokenizer: str = "", facts: dict[str, float] | None = None
 ) -> Subject:
-    """What a folder says of itself, which is not what its model was trained on."""
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
-    digests = " ".join(_digest(path)[:16] for path in weights)
-    name = folder.resolve().name
-    return Subject(
-        label=_label(name),
-        identity={"source": "folder", "name": name, "weights": digests},
-        corpus=FROM_FOLDER,
-        tokenizer=tokenizer,
-        budget={"name": "training not known", "steps": 0},
-        facts=facts or {},
-        load=load,
-    )
+    return Subject(**origin._asdict(), tokenizer=tokenizer, facts=facts or {}, load=load)
 
 
 def _transformers_model(name: str, options: LoadOptions) -> Subject:
@@ -158,9 +121,9 @@ def _transformers_model(name: str, options: LoadOptions) -> Subject:
             raise UserError(f"transformers cannot load {name} ({_first_line(error)}); give another model") from None
 
     if Path(name).is_dir():
-        return _folder(Path(name), load)
+        return _subject(of_folder(Path(name)), load)
     return Subject(
-        label=_label(name.rpartition("/")[2]),
+        label=label_of(name.rpartition("/")[2]),
         identity={"source": "hub", "name": name, "revision": revision or "unknown"},
         corpus=PUBLISHED,
         tokenizer="",
@@ -168,10 +131,6 @@ def _transformers_model(name: str, options: LoadOptions) -> Subject:
         facts={},
         load=load,
     )
-
-
-def _label(name: str) -> str:
-    return re.sub(r"[^a-z0-9._-]+", "-", name.lower())
 
 
 def _transformers_config(name: str, options: LoadOptions) -> Any:

@@ -150,6 +150,15 @@ def _gpt_neox() -> backends.Tokenizer:
     return _read(file[0])
 
 
+@TOKENIZERS.register("gpt-4")
+def _gpt_4() -> backends.Tokenizer:
+    """cl100k_base, which measures NeedleBench's lengths."""
+    file = _local("tokenizers/gpt-4/tokenizer.json")
+    if file is None:
+        return _from_hub("gpt-4", "Xenova/gpt-4", "tokenizers/gpt-4/tokenizer.json")
+    return _read(file[0])
+
+
 @TOKENIZERS.register("pydoc-4096")
 def _pydoc_4096() -> backends.Tokenizer:
     """Byte-level BPE of 4,096 entries trained on the train split of `pydoc`, and kept in the cache."""

@@ -139,6 +139,13 @@ class RodimusState(NamedTuple):
     memory_B1nM: Tensor
 
 
+class Gates(NamedTuple):
+    """g and tau of Eq. 9 in at least float32; tau is None where it is left out, and a constant one is spread."""
+
+    g_BTn: Tensor
+    tau_BTn: Tensor | None
+
+
 class LowRank(nn.Module):
     """x_BTM -> logits_BTM = x W_1 W_2 + b."""
 
@@ -288,6 +295,22 @@ class Rodimus(TokenMixer):
             entry, self.fc.weight, self.conv_weight, self.conv_bias, self.state_proj.weight, self.gate_bias,
             down.weight, up.weight, up.bias, self.feedthrough, leave, self.out_proj.weight,
         )  # fmt: skip
+
+    def gates(self, x_BTD: Tensor) -> Gates:
+        """The gates that `forward` of x_BTD uses without a state, to be looked at. Raises `ValueError` without g."""
+        config = self.config
+        if self.gate_bias is None:
+            raise ValueError("there is no gate g")
+        gate = None if self.value_gate is None else self.value_gate.weights
+        x_BTM = F.linear(x_BTD, self.fc.weight.chunk(2)[0])
+        conv_BTM, _, _ = conv_gate(x_BTM, self.conv_weight, self.conv_bias, gate)
+        logits = at_least_fp32(F.linear(conv_BTM, self.state_proj.weight[2 * config.n :])) + self.gate_bias
+        g_BTn = F.softplus(logits[..., : config.n])
+        if config.tau is None:
+            return Gates(g_BTn, None)
+        if config.tau.fixed is not None:
+            return Gates(g_BTn, torch.full_like(g_BTn, config.tau.fixed))
+        return Gates(g_BTn, logits[..., config.n :].sigmoid())
 
     def _select(self, k_BTn: Tensor, gates: Tensor) -> tuple[Tensor | None, Tensor]:
         """log alpha = -g tau and alpha_hat * k = g^tau * k, all in float32."""

@@ -18,7 +18,7 @@ from rodimus_lab.nn.mixer import TokenMixerConfig
 from rodimus_lab.nn.model import InitConfig, LanguageModel, LanguageModelConfig
 from rodimus_lab.nn.official_attention import OfficialAttentionConfig
 from rodimus_lab.nn.rodimus import RodimusConfig, ValueGate
-from rodimus_lab.registry import Registry, load_plugins
+from rodimus_lab.registry import Registry, file_spelling, load_plugins
 
 
 class Size(NamedTuple):
@@ -121,9 +121,9 @@ def build_model(name: str, **options: Any) -> LanguageModel:
 
 
 def slug(name: str) -> str:
-    """`name` as it stands in ids and file names: rodimus+ -> rodimus_plus, transformer++ -> transformer_pp."""
+    """A model's name as it stands in ids and file names."""
     load_plugins()
-    return MODELS.canonical(name).replace("++", "_pp").replace("+", "_plus")
+    return file_spelling(MODELS.canonical(name))
 
 
 def align8(width: float) -> int:

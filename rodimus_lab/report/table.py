@@ -85,9 +85,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under columns. `paper_corpus` is what the paper trained on: any other corpus is a stand-in, but for
-    the unknown one of published weights.
-    `sections` names the part of the table that each row is in: best and second best are found within a part.
+    """Rows of cells under columns. `paper_corpus` is what the paper trained on, one or several: any other corpus is a
+    stand-in, but for the unknown one of published weights. `sections` names the part of the table that each row is in:
+    best and second best are found within a part.
 
     Raises `ValueError` where a column mixes sources, corpora, tokenizers or budgets: such numbers are not comparable
     and belong in separate columns.
@@ -98,8 +98,23 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
     notes: Sequence[str] = ()
-    paper_corpus: str | None = None
+    paper_corpus: str | tuple[str, ...] | None = None
     sections: Sequence[str] = ()
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        columns: Sequence[tuple[Column, Sequence[Cell]]],
+        notes: Sequence[str] = (),
+        *,
+        caption: str = "",
+        paper_corpus: str | tuple[str, ...] | None = None,
+        sections: Sequence[str] = (),
+    ) -> Table:
+        """A table by its columns, each with its cells from the first row down."""
+        rows = list(zip(*(cells for _, cells in columns), strict=True))
+        return cls(title, [column for column, _ in columns], rows, caption, notes, paper_corpus, sections)
 
     def __post_init__(self) -> None:
         if self.sections and len(self.sections) != len(self.rows):
@@ -190,16 +205,28 @@ class Table:
         return (cell.source, cell.corpus, cell.tokenizer, cell.budget, cell.device if column.per_device else None)
 
     def _stands_in(self, cell: Cell) -> bool:
-        return self.paper_corpus is not None and cell.corpus not in (self.paper_corpus, PUBLISHED, FROM_FOLDER)
+        return stands_in(cell.corpus, self.paper_corpus)
 
     def _conditions(self, cell: Cell, *, device: bool) -> list[str]:
         parts = [
-            f"{cell.corpus} standing in for {self.paper_corpus}" if self._stands_in(cell) else cell.corpus,
+            f"{cell.corpus} standing in for {' or '.join(corpora(self.paper_corpus))}"
+            if self._stands_in(cell)
+            else cell.corpus,
             cell.tokenizer and f"{cell.tokenizer} tokens",
             cell.budget,
             cell.device if device else None,
         ]
         return [part for part in parts if part]
+
+
+def corpora(paper_corpus: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The corpora that a table's `paper_corpus` names."""
+    return (paper_corpus,) if isinstance(paper_corpus, str) else paper_corpus or ()
+
+
+def stands_in(corpus: str | None, paper_corpus: str | tuple[str, ...] | None) -> bool:
+    """Whether a corpus is none of the paper's, where these are known."""
+    return paper_corpus is not None and corpus not in (*corpora(paper_corpus), PUBLISHED, FROM_FOLDER)
 
 
 def check_name(name: str) -> None:

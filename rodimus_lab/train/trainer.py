@@ -345,6 +345,7 @@ class Trainer:
                     "commit": self.env["commit"],
                     "metrics": metrics,
                 }
+                | ({} if (departure := self.recipe.departure) is None else {"departure": departure})
             )
             record = json.loads((self.run.path / RECORD).read_bytes())
         return self.world.from_main(record)
