@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LAB := $(BIN)/rodimus-lab
-EXTRAS := data,kernels,train,figures,sweep,dev
+EXTRAS := data,kernels,train,figures,hf,eval,sweep,dev
 MODEL ?= rodimus
 MODELS ?= rodimus transformer++
 MQAR_FLAGS := $(if $(filter-out file,$(origin MODEL)),--model $(MODEL)) $(if $(FIGURE),--figure $(FIGURE)) $(if $(LENGTH),--length $(LENGTH)) $(if $(WIDTH),--width $(WIDTH)) $(if $(LR),--lr $(LR)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(SEED),--seed $(SEED))
 RUN_FLAGS := $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-gpu lint wikitext103 mqar sweep tables figures site zoo reproducing bench doctor clean
+.PHONY: help setup test test-gpu lint wikitext103 ablate memory-ppl gates mqar needle needlebench sweep tables figures site zoo reproducing bench doctor clean
 
 help: ## list the targets
 	@echo "Targets (options in capitals, such as MODEL=rodimus BUDGET=short CORPUS=enwiki-25k):"
@@ -42,8 +42,23 @@ wikitext103: setup ## train MODEL at Table 1's configuration and rebuild Table 1
 sweep: setup ## the same for several MODELS, side by side where there is room [MODELS JOBS BUDGET CORPUS STEPS SEED]
 	$(LAB) wikitext103 $(MODELS:%=--model %) $(if $(JOBS),--jobs $(JOBS)) $(RUN_FLAGS)
 
+ablate: setup ## train the runs of TABLE (12 to 18) and rebuild the tables [TABLE LAYERS BUDGET CORPUS STEPS SEED]
+	$(LAB) ablate $(if $(TABLE),--table $(TABLE)) $(if $(LAYERS),--layers $(LAYERS)) $(RUN_FLAGS)
+
+memory-ppl: setup ## train the points of Figure 1a, or with ARTEFACT=table7 those of Table 7 [ARTEFACT BUDGET CORPUS STEPS SEED]
+	$(LAB) memory-ppl $(if $(ARTEFACT),--artefact $(ARTEFACT)) $(RUN_FLAGS)
+
+gates: setup ## draw the gates of a trained RUN over TEXT (Figure 8) [RUN TEXT BESIDE]
+	$(LAB) gates $(RUN) --text "$(TEXT)" $(if $(BESIDE),--beside $(BESIDE))
+
 mqar: setup ## train on associative recall, all of FIGURE (6 or 1b) or a part, and rebuild its tables [FIGURE MODEL LENGTH WIDTH LR BUDGET SEED]
 	$(LAB) mqar $(MQAR_FLAGS)
+
+needle: setup ## teach MODEL to find a needle in 2k tokens [MODEL BUDGET CORPUS STEPS SEED]
+	$(LAB) needle --model $(MODEL) $(RUN_FLAGS)
+
+needlebench: setup ## score a trained RUN on NeedleBench and draw its heat maps [RUN PRESET]
+	$(LAB) needlebench $(RUN) $(if $(PRESET),--preset $(PRESET))
 
 tables: setup ## rebuild every table from the run records
 	$(LAB) report --no-site

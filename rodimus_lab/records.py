@@ -37,6 +37,8 @@ PACKAGES = (
     "lm-eval",
     "ray",
 )
+# What stands for the corpus of a model that others trained, and of one in a folder that does not tell its training.
+PUBLISHED, FROM_FOLDER = "published weights", "weights from a folder"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 RECIPE, ENV, METRICS, RECORD = "recipe.json", "env.json", "metrics.jsonl", "record.json"
@@ -113,11 +115,16 @@ class UnfinishedRun:
 
 
 def describe_budget(budget: Mapping[str, Any]) -> str:
-    """A recipe's budget in words; a fraction of the paper's steps is told as one."""
+    """A recipe's budget in words; a fraction of the paper's steps is told as one.
+
+    Weights that others trained have no steps. `scored` says what of the test items counts, and where they are from.
+    """
     steps, paper_steps = budget["steps"], budget.get("paper_steps")
     of = "" if paper_steps in (None, steps) else f" of {paper_steps:,}"
     batch = f", batch {budget['batch_size']:,}" if budget.get("batch_size") else ""
-    return f"{budget['name']} budget {steps:,}{of} steps{batch}"
+    scored = f", {budget['scored']}" if budget.get("scored") else ""
+    trained = f" budget {steps:,}{of} steps{batch}" if steps else ""
+    return f"{budget['name']}{trained}{scored}"
 
 
 class RunDir:

@@ -24,6 +24,12 @@ from rodimus_lab.report import PaperResults, quoted_tables
 COMMANDS = [
     [],
     ["wikitext103"],
+    ["ablate"],
+    ["memory-ppl"],
+    ["mqar"],
+    ["needle"],
+    ["needlebench"],
+    ["gates"],
     ["train"],
     ["report"],
     ["runs"],

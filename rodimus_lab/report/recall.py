@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rodimus_lab.records import Record
+from rodimus_lab.registry import plain_spelling
 
 METRIC = "test_accuracy"
 # The sublayer of a model, and its field, that sets the state expansion n.
@@ -66,7 +67,7 @@ def best_points(records: Iterable[Record]) -> dict[str, list[Best]]:
         if data.get("task") != "mqar" or len(data["train"]) != 1 or METRIC not in record.metrics:
             continue
         shape = data["train"][0]
-        model = record.label.replace("_plus", "+").replace("_pp", "++")
+        model = plain_spelling(record.label)
         key = (
             model,
             shape["seq_len"],

@@ -17,7 +17,7 @@ TEXTS = ["first document", "second\nwith two lines", "third é"]
 
 
 def test_the_built_in_corpora_describe_themselves():
-    assert list_corpora() == ["enwiki-25k", "pydoc", "wikitext-103", "wikitext-2"]
+    assert list_corpora() == ["enwiki-25k", "pile", "pydoc", "wikitext-103", "wikitext-2"]
     for name in list_corpora():
         known = describe(name)
         assert known["name"] == name
