@@ -137,6 +137,15 @@ def test_it_holds_no_absolute_path_and_no_large_file(site: Path) -> None:
             assert str(site) not in text
 
 
+def test_figures_are_taken_over_or_drawn_anew(site: Path) -> None:
+    """One of other numbers than the records' is drawn again."""
+    pytest.importorskip("matplotlib")
+    kept = site.parent / "figures"
+    assert (site / "figures" / "state_bytes.pdf").read_bytes() == (kept / "state_bytes.pdf").read_bytes()
+    assert (site / "figures" / "figure01b.csv").read_text() != (kept / "figure01b.csv").read_text()
+    assert (site / "figures" / "figure01b.svg").is_file()
+
+
 def test_a_folder_that_is_no_site_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "mine.txt").write_text("mine")
