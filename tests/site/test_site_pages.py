@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -13,12 +14,14 @@ import pytest
 
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.zoo import MODELS
-from rodimus_lab.records import PROJECT_ROOT
+from rodimus_lab.records import PROJECT_ROOT, load_records
 from rodimus_lab.report.artefacts import PAPER
 from rodimus_lab.site import build_site
 from rodimus_lab.site.charts import charts_of, diagrams_of
 from rodimus_lab.site.documents import documents
+from rodimus_lab.site.views import base_of
 
+COMMITTED = PROJECT_ROOT / "results" / "runs"
 HOSTILE_RUN = "runs/wikitext103/rodimus-0badc0de.html"
 
 
@@ -108,6 +111,20 @@ def test_a_run_says_what_it_is(site: Path, pages: dict[Path, Page]) -> None:
     hostile = " ".join(pages[site / HOSTILE_RUN].text.split())
     assert "Samples" in hostile
     assert "No samples were kept" not in hostile
+
+
+def test_the_base_is_the_one_that_the_record_names(tmp_path: Path) -> None:
+    """A run of a grid, whose experiment makes many recipes of one model, has none unless its record names one."""
+    (record,) = [one for one in load_records(COMMITTED, "wikitext103") if one.label == "rodimus"]
+    assert base_of(record)[0] == "the recipe of rodimus at the paper's budget"
+    grid = replace(record, experiment="mqar", path=tmp_path)
+    assert base_of(grid) == ("", [])
+    departure = {"base": "rodimus-12345678", "changes": {"model.tau": [{"fixed": None}, None]}}
+    (tmp_path / "record.json").write_text(json.dumps({"departure": departure}))
+    assert base_of(grid) == (
+        "the recipe rodimus-12345678 that it was made from",
+        [("model.tau", {"fixed": None}, None)],
+    )
 
 
 def test_artefacts_say_what_was_not_run(site: Path, pages: dict[Path, Page]) -> None:
