@@ -114,8 +114,9 @@ def _hours(flops: float) -> str:
 def _commands(artefact: Artefact) -> Iterator[str]:
     """The registered commands whose runs feed a report of the artefact, or the report by itself."""
     names = [name for name in REPORTS if belongs(name, artefact)]
-    feeding = {group for name in names for group in REPORTS[name].experiments}
-    feeding |= {name for name in EXPERIMENTS if set(EXPERIMENTS[name].reports) & set(names)}
+    feeding = {name for name in EXPERIMENTS if set(EXPERIMENTS[name].reports) & set(names)}
+    if not feeding:
+        feeding = {group for name in names for group in REPORTS[name].experiments}
     if "bench" in feeding:
         yield from ("rodimus-lab bench train", "rodimus-lab bench decode", "rodimus-lab bench record")
     options = f" --figure {artefact.label.removeprefix('Figure ')}" if "mqar" in feeding else ""

@@ -32,6 +32,7 @@ from rodimus_lab.site.views import (
 )
 
 MARK = ".rodimus-lab-site"
+FILES = (".svg", ".pdf", ".png", ".csv")  # of a figure
 
 
 def site_root() -> Path:
@@ -114,10 +115,21 @@ def _draw(folder: Path, records: Sequence[Record], paper: PaperResults) -> dict[
         drawings |= (
             {f"{name}-{end}": one for end, one in drawn.items()} if isinstance(drawn, Mapping) else {name: drawn}
         )
-    return {
-        name: FigureView.of(name, drawing, write_figure(drawing, folder, name), figure_csv(drawing))
-        for name, drawing in drawings.items()
-    }
+    return {name: _figure(folder, name, drawing) for name, drawing in drawings.items()}
+
+
+def _figure(folder: Path, name: str, drawing: Any) -> FigureView:
+    """The files of `make figures` where they have the same numbers, for drawing takes its time; else drawn anew."""
+    numbers = figure_csv(drawing)
+    there = sorted((tables_root().parent / "figures").glob(f"{name}.*"))
+    beside = next((path for path in there if path.suffix == ".csv"), None)
+    if {path.suffix for path in there} == set(FILES) and beside and beside.read_text(encoding="utf-8") == numbers:
+        folder.mkdir(exist_ok=True)
+        for path in there:
+            shutil.copyfile(path, folder / path.name)
+    else:
+        write_figure(drawing, folder, name)
+    return FigureView.of(name, drawing, [folder / f"{name}{suffix}" for suffix in FILES], numbers)
 
 
 def _runs(records: Sequence[Record]) -> list[RunView]:

@@ -17,6 +17,7 @@ import torch
 from rodimus_lab import results
 from rodimus_lab.errors import UserError
 from rodimus_lab.experiment import EXPERIMENTS, REPORTS
+from rodimus_lab.nn import zoo
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config, slug
 from rodimus_lab.records import SAMPLES, Record, RunDir
 from rodimus_lab.report import Cell, Table
@@ -225,12 +226,14 @@ def base_of(record: Record) -> tuple[str, list[tuple[str, Any, Any]]]:
         experiment = EXPERIMENTS[record.experiment]
         if not {"model", "budget"} <= experiment.options.keys():
             return "", []
-        recipe = experiment.recipes(model=results.spelled(record.label), budget="paper")[0].to_dict()
+        recipes = experiment.recipes(model=results.spelled(record.label), budget="paper")
     except UserError:
         return "", []
-    if recipe["label"] != record.label:
-        return "", []
-    return f"the recipe of {recipe['label']} at the paper's budget", results.differences(recipe, record.recipe)
+    if len(recipes) != 1 or recipes[0].label != record.label:
+        return "", []  # Of the many runs of a grid none is what this one departs from.
+    return f"the recipe of {record.label} at the paper's budget", results.differences(
+        recipes[0].to_dict(), record.recipe
+    )
 
 
 def samples_of(folder: Path) -> list[Mapping[str, str]]:
@@ -309,8 +312,13 @@ def _cost(name: str, size: str) -> Cost:
 
 
 def _summary(name: str) -> str:
-    """The first sentence on a model: its own, or that of the file that holds it."""
-    text = inspect.getdoc(MODELS[name]) or inspect.getdoc(inspect.getmodule(MODELS[name])) or ""
+    """The first sentence on the family, from the file that holds it, and on the model itself."""
+    module = inspect.getmodule(MODELS[name])
+    family = "" if module is zoo else inspect.getdoc(module) or ""
+    return " ".join(filter(None, map(_first_sentence, (family, inspect.getdoc(MODELS[name]) or ""))))
+
+
+def _first_sentence(text: str) -> str:
     return re.split(r"(?<=\.)\s+(?=[A-Z])|\n\n", text, maxsplit=1)[0].replace("\n", " ")
 
 

@@ -18,8 +18,9 @@ TEXTS = [PROJECT_ROOT / "README.md", *sorted((PROJECT_ROOT / "docs").glob("*.md"
 def commands(path: Path) -> list[list[str]]:
     """The lines of its shell blocks that call the command line."""
     blocks = re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("rodimus-lab ")]
+    lines = "\n".join(blocks).replace("\\\n", " ").replace(" && ", "\n").splitlines()
+    stripped = [line.strip() for line in lines]
+    return [shlex.split(line, comments=True) for line in stripped if line.startswith("rodimus-lab ")]
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)

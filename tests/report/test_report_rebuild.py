@@ -12,7 +12,7 @@ from rodimus_lab.registry import load_plugins
 from rodimus_lab.report import PaperResults, write, write_figures
 
 RESULTS = PROJECT_ROOT / "results"
-SHADES = 4  # of 255: processors differ by so much in the soft edges of a PNG's lines, and in nothing else
+SHADES = 16  # of 255: processors differ by so much in the soft edges of a PNG's lines, and in nothing else
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("results")
     committed = PROJECT_ROOT / "results" / "runs" / "wikitext103"
     shutil.copytree(committed, root / "runs" / "wikitext103")
+    shutil.copytree(PROJECT_ROOT / "results" / "figures", root / "figures")
+    (root / "figures" / "figure01b.csv").write_text("other numbers\n")
     run = root / "runs" / "wikitext103" / HOSTILE_RUN
     shutil.copytree(committed / "rodimus-b6357da5", run)
     record = json.loads((run / "record.json").read_text())

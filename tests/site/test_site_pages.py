@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -13,12 +14,14 @@ import pytest
 
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.zoo import MODELS
-from rodimus_lab.records import PROJECT_ROOT
+from rodimus_lab.records import PROJECT_ROOT, load_records
 from rodimus_lab.report.artefacts import PAPER
 from rodimus_lab.site import build_site
 from rodimus_lab.site.charts import charts_of, diagrams_of
 from rodimus_lab.site.documents import documents
+from rodimus_lab.site.views import base_of
 
+COMMITTED = PROJECT_ROOT / "results" / "runs"
 HOSTILE_RUN = "runs/wikitext103/rodimus-0badc0de.html"
 
 
@@ -110,6 +113,20 @@ def test_a_run_says_what_it_is(site: Path, pages: dict[Path, Page]) -> None:
     assert "No samples were kept" not in hostile
 
 
+def test_the_base_is_the_one_that_the_record_names(tmp_path: Path) -> None:
+    """A run of a grid, whose experiment makes many recipes of one model, has none unless its record names one."""
+    (record,) = [one for one in load_records(COMMITTED, "wikitext103") if one.label == "rodimus"]
+    assert base_of(record)[0] == "the recipe of rodimus at the paper's budget"
+    grid = replace(record, experiment="mqar", path=tmp_path)
+    assert base_of(grid) == ("", [])
+    departure = {"base": "rodimus-12345678", "changes": {"model.tau": [{"fixed": None}, None]}}
+    (tmp_path / "record.json").write_text(json.dumps({"departure": departure}))
+    assert base_of(grid) == (
+        "the recipe rodimus-12345678 that it was made from",
+        [("model.tau", {"fixed": None}, None)],
+    )
+
+
 def test_artefacts_say_what_was_not_run(site: Path, pages: dict[Path, Page]) -> None:
     index = " ".join(pages[site / "index.html"].text.split())
     assert re.search(r"Table 1 Perplexity on WikiText-103 \d+ numbers measured, \d+ not run", index)
@@ -135,6 +152,15 @@ def test_it_holds_no_absolute_path_and_no_large_file(site: Path) -> None:
             text = path.read_text(encoding="utf-8")
             assert str(PROJECT_ROOT) not in text
             assert str(site) not in text
+
+
+def test_figures_are_taken_over_or_drawn_anew(site: Path) -> None:
+    """One of other numbers than the records' is drawn again."""
+    pytest.importorskip("matplotlib")
+    kept = site.parent / "figures"
+    assert (site / "figures" / "state_bytes.pdf").read_bytes() == (kept / "state_bytes.pdf").read_bytes()
+    assert (site / "figures" / "figure01b.csv").read_text() != (kept / "figure01b.csv").read_text()
+    assert (site / "figures" / "figure01b.svg").is_file()
 
 
 def test_a_folder_that_is_no_site_is_left_alone(tmp_path: Path) -> None:
