@@ -23,6 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@$(BIN)/python -m evals.announce >/dev/null
 	@touch $@
 
 test: setup ## run every test on as many cores as there are, at most 8 (those that need a GPU are skipped without one) [JOBS]
