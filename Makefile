@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LAB := $(BIN)/rodimus-lab
-EXTRAS := data,kernels,train,figures,sweep,dev
+EXTRAS := data,kernels,train,figures,hf,eval,sweep,dev
 MODEL ?= rodimus
 MODELS ?= rodimus transformer++
 MQAR_FLAGS := $(if $(filter-out file,$(origin MODEL)),--model $(MODEL)) $(if $(FIGURE),--figure $(FIGURE)) $(if $(LENGTH),--length $(LENGTH)) $(if $(WIDTH),--width $(WIDTH)) $(if $(LR),--lr $(LR)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(SEED),--seed $(SEED))
@@ -12,7 +12,7 @@ RUN_FLAGS := $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS
 .DEFAULT_GOAL := help
 SCALING_FLAGS := $(if $(filter-out file,$(origin MODEL)),--model $(MODEL)) $(if $(SIZE),--size $(SIZE)) $(if $(RATIO),--ratio $(RATIO)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(SEED),--seed $(SEED))
 
-.PHONY: help setup test test-gpu lint wikitext103 mqar scaling-laws sweep tables figures zoo bench doctor clean
+.PHONY: help setup test test-gpu lint wikitext103 ablate memory-ppl gates mqar scaling-laws needle needlebench sweep tables figures site zoo reproducing bench doctor clean
 
 help: ## list the targets
 	@echo "Targets (options in capitals, such as MODEL=rodimus BUDGET=short CORPUS=enwiki-25k):"
@@ -25,6 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@$(BIN)/python -m evals.announce >/dev/null
 	@touch $@
 
 test: setup ## run every test on as many cores as there are, at most 8 (those that need a GPU are skipped without one) [JOBS]
@@ -44,20 +45,41 @@ wikitext103: setup ## train MODEL at Table 1's configuration and rebuild Table 1
 sweep: setup ## the same for several MODELS, side by side where there is room [MODELS JOBS BUDGET CORPUS STEPS SEED]
 	$(LAB) wikitext103 $(MODELS:%=--model %) $(if $(JOBS),--jobs $(JOBS)) $(RUN_FLAGS)
 
+ablate: setup ## train the runs of TABLE (12 to 18) and rebuild the tables [TABLE LAYERS BUDGET CORPUS STEPS SEED]
+	$(LAB) ablate $(if $(TABLE),--table $(TABLE)) $(if $(LAYERS),--layers $(LAYERS)) $(RUN_FLAGS)
+
+memory-ppl: setup ## train the points of Figure 1a, or with ARTEFACT=table7 those of Table 7 [ARTEFACT BUDGET CORPUS STEPS SEED]
+	$(LAB) memory-ppl $(if $(ARTEFACT),--artefact $(ARTEFACT)) $(RUN_FLAGS)
+
+gates: setup ## draw the gates of a trained RUN over TEXT (Figure 8) [RUN TEXT BESIDE]
+	$(LAB) gates $(RUN) --text "$(TEXT)" $(if $(BESIDE),--beside $(BESIDE))
+
 mqar: setup ## train on associative recall, all of FIGURE (6 or 1b) or a part, and rebuild its tables [FIGURE MODEL LENGTH WIDTH LR BUDGET SEED]
 	$(LAB) mqar $(MQAR_FLAGS)
 
 scaling-laws: setup ## train models of several sizes and fit how their loss falls with compute [MODEL SIZE RATIO BUDGET CORPUS SEED]
 	$(LAB) scaling-laws $(SCALING_FLAGS)
 
+needle: setup ## teach MODEL to find a needle in 2k tokens [MODEL BUDGET CORPUS STEPS SEED]
+	$(LAB) needle --model $(MODEL) $(RUN_FLAGS)
+
+needlebench: setup ## score a trained RUN on NeedleBench and draw its heat maps [RUN PRESET]
+	$(LAB) needlebench $(RUN) $(if $(PRESET),--preset $(PRESET))
+
 tables: setup ## rebuild every table from the run records
+	$(LAB) report --no-site
+
+site: setup ## the same, and the pages in results/site that show everything
 	$(LAB) report
 
-figures: setup ## redraw every figure as SVG and PNG, its numbers beside it
+figures: setup ## redraw every figure as SVG, PDF and PNG, its numbers beside it
 	$(BIN)/python -c 'from rodimus_lab.report import write_figures; write_figures()'
 
 zoo: setup ## rewrite docs/zoo.md: Table 4 and the rest of the zoo, from the code
 	$(BIN)/python -c 'from experiments.zoo import write_page; write_page()'
+
+reproducing: setup ## rewrite docs/reproducing.md: runs, GPU-hours and the command of every table and figure
+	$(BIN)/python -c 'from experiments.reproducing import write_page; write_page()'
 
 bench: setup ## measure this machine: data, loss, operators, training, decoding, beside the peers that are installed
 	$(LAB) bench data

@@ -63,6 +63,7 @@ class HGRN(TokenMixer):
 
     bounds: LowerBounds | None
     layer_1: Tensor
+    layer = 0
 
     def __init__(self, config: HGRNConfig, d_model: int):
         super().__init__()
@@ -77,6 +78,9 @@ class HGRN(TokenMixer):
     def join(mixers: Sequence[HGRN]) -> LowerBounds | None:
         """As HGRN2's layers have theirs in common."""
         return HGRN2.join(mixers)  # type: ignore[arg-type]
+
+    def reset_buffers(self) -> None:
+        self.layer_1.fill_(self.layer)
 
     def init_weights(self, init: Initializer) -> None:
         init.linear(self.ifz_proj)

@@ -73,6 +73,7 @@ class HGRN2(LinearMixer):
 
     bounds: LowerBounds | None
     layer_1: Tensor
+    layer = 0
 
     def __init__(self, config: HGRN2Config, d_model: int):
         super().__init__()
@@ -94,8 +95,12 @@ class HGRN2(LinearMixer):
         for layer, mixer in enumerate(bounded):
             del mixer.bounds
             mixer.__dict__["bounds"] = bounds  # read, but not registered as a part of the mixer
-            mixer.layer_1.fill_(layer)
+            mixer.layer = layer
+            mixer.reset_buffers()
         return bounds
+
+    def reset_buffers(self) -> None:
+        self.layer_1.fill_(self.layer)
 
     def init_weights(self, init: Initializer) -> None:
         init.linear(self.qfv_proj)

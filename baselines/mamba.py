@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from rodimus_lab.nn.block import BlockConfig
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer, TokenMixerConfig
 from rodimus_lab.nn.model import InitConfig, LanguageModelConfig
-from rodimus_lab.nn.norm import at_least_fp32
+from rodimus_lab.nn.norm import at_least_fp32, is_plain
 from rodimus_lab.nn.zoo import MODELS, Size
 from rodimus_lab.ops.diagonal_scan import selective_scan
 from rodimus_lab.ops.segments import Segments
@@ -141,7 +141,11 @@ class Mamba(TokenMixer):
         conv_BTM = F.silu(conv_BTM)
         dt_BTR, B_BTN, C_BTN = self.x_proj(conv_BTM).split(self.splits, dim=-1)
         # Delta's bias is added in float32: it makes steps as small as 0.001.
-        dt_BTM = at_least_fp32(F.linear(dt_BTR, self.dt_proj.weight)) + self.dt_proj.bias
+        dt_BTM = (
+            at_least_fp32(F.linear(dt_BTR, self.dt_proj.weight)) + self.dt_proj.bias
+            if is_plain(self.dt_proj)
+            else at_least_fp32(self.dt_proj(dt_BTR))
+        )
         y_BTM, memory = selective_scan(
             conv_BTM,
             F.softplus(dt_BTM),

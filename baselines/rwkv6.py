@@ -74,14 +74,15 @@ class RWKV6Config(Layered):
 
 
 class RWKV6ChannelConfig(ChannelMixingConfig):
-    """Channel mixing; F is 3.5 * d_model, down to a multiple of 32. `init` is as in `RWKV6Config`."""
+    """Channel mixing; F is `hidden`, or 3.5 * d_model down to a multiple of 32. `init` is as in `RWKV6Config`."""
 
     kind: ClassVar[str] = "rwkv6_channel"
 
+    hidden: Positive | None = None
     init: Literal["official", "fla"] = "official"
 
     def width(self, d_model: int) -> int:
-        return max(1, 7 * d_model // 64) * 32
+        return self.hidden or max(1, 7 * d_model // 64) * 32
 
     def build(self, d_model: int) -> RWKV6Channel:
         return RWKV6Channel(self, d_model)

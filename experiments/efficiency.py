@@ -1,4 +1,4 @@
-"""Cost at 1.3B, batch 1: FLOPs, speed and memory (Tables 19 and 20, Appendix E.1), and the caches of Table 14.
+"""Cost at 1.3B, batch 1: FLOPs, speed and memory (Tables 19 and 20, Appendix E.1).
 
 FLOPs and memory are computed from the models' configs and read off real states, by the paper's rule and by the true one
 (`rodimus_lab/accounting.py`). Speeds come from records of the experiment `bench`, which `rodimus-lab bench record`
@@ -16,13 +16,12 @@ from rodimus_lab.experiment import report
 from rodimus_lab.nn.heads import HeadSharing
 from rodimus_lab.nn.zoo import SIZES, model_config
 from rodimus_lab.records import Record
-from rodimus_lab.report import Cell, Column, PaperResults, PaperRow, Printed, Table
+from rodimus_lab.report import NOT_RUN, Cell, Column, PaperResults, PaperRow, Printed, Table
 
 KILO = 1024
 SIZE = SIZES["1.3b"]._replace(context=4 * KILO)  # The context that Tables 19 and 20 name, and Rodimus+'s window halves.
 PAPER_HEAD_WIDTH = 64  # of Rodimus+'s attention: the width that Table 20's 207.8 MB imply
 LABELS = {"transformer": "transformer", "mamba-ssm-mamba2": "mamba2", "rodimus": "rodimus", "rodimus_plus": "rodimus+"}
-NOT_RUN = Cell(None, source="measured", missing="not run")
 PAPER_RULE = (
     "By the paper's rule the embedding counts as a product beside the head, attention is full, and value gates, state "
     "updates and convolutions are left out. By the true one attention is causal, and all of these count but the "
@@ -86,7 +85,7 @@ def table19(records: Sequence[Record], paper: PaperResults) -> Table:
         (Column("Words/s", "higher"), [Cell(row["throughput_wps"], source="paper") for row in printed]),
         *_speeds(rows, [(record, _training_row(record)) for record in records], digits=0),
     ]
-    return _table(
+    return Table.of(
         "Table 19. Training at 1.3B: FLOPs of one sequence, and throughput",
         columns,
         [PAPER_RULE, MAMBA2_NOTE, _timed_note()],
@@ -108,7 +107,7 @@ def table20(records: Sequence[Record], paper: PaperResults) -> Table:
         *_speeds(rows, [(record, _decoding_row(record)) for record in records], digits=1),
         *_memory(printed, rule, true),
     ]
-    return _table(
+    return Table.of(
         "Table 20. Decoding at 1.3B: FLOPs of one token, throughput, and memory beside the weights",
         columns,
         [
@@ -119,38 +118,6 @@ def table20(records: Sequence[Record], paper: PaperResults) -> Table:
             _timed_note(),
         ],
     )
-
-
-@report("table14", experiments=())
-def table14(records: Sequence[Record], paper: PaperResults) -> Table:
-    """Table 14: head sharing at 125M; the caches. The perplexities are for another experiment to train."""
-    printed = paper.table(14)
-    size = SIZES["125m"]
-    costs = []
-    for row in printed:
-        heads = HeadSharing.of(str(row["head_sharing"]), size.d_model // 128, groups=2)  # type: ignore[arg-type]
-        config = model_config(str(row["model"]), size=size, attention={"heads": heads, "head_width": 128})
-        costs.append((paper_accounting(config, size.context), true_accounting(config, size.context)))
-    columns = [
-        (Column("Model"), [Cell(row["model"]) for row in printed]),
-        (Column("Heads"), [Cell(str(row["head_sharing"]).upper()) for row in printed]),
-        (Column("Valid PPL", "lower"), [Cell(row["valid_ppl"], source="paper") for row in printed]),
-        (Column("Valid PPL", "lower"), [NOT_RUN] * len(printed)),
-        *_memory(printed, [rule for rule, _ in costs], [true for _, true in costs]),
-    ]
-    return _table(
-        "Table 14. Head sharing at 125M: perplexity on the Pile, and memory beside the weights",
-        columns,
-        [
-            f"Memory of one sequence of {size.context:,} tokens; six heads of 128, two groups for GQA, and in Rodimus+ "
-            f"a window of {size.context // 2:,}. {REAL_MEMORY}",
-        ],
-    )
-
-
-def _table(title: str, columns: Sequence[tuple[Column, Sequence[Cell]]], notes: Sequence[str]) -> Table:
-    cells = zip(*(cells for _, cells in columns), strict=True)
-    return Table(title, [column for column, _ in columns], list(cells), notes=notes)
 
 
 def _names(rows: Sequence[Row]) -> Iterator[tuple[Column, Sequence[Cell]]]:

@@ -18,7 +18,19 @@ from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.zoo import SIZES, model_config
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import Record
-from rodimus_lab.report import FIGURES, Cell, Column, Figure, Line, Metric, PaperResults, Table, paper_vs_measured
+from rodimus_lab.report import (
+    FIGURES,
+    NOT_RUN,
+    Axis,
+    Cell,
+    Column,
+    Figure,
+    Line,
+    Metric,
+    PaperResults,
+    Table,
+    paper_vs_measured,
+)
 from rodimus_lab.report.power_law import PowerLaw
 from rodimus_lab.report.scaling import Group, Points, band_of, law_of, model_and_size, scaling_points
 
@@ -28,7 +40,6 @@ MODELS = ("rodimus", "rodimus+", "mamba2", "transformer++")
 NAMES = ("125m", "350m", "760m", "1.3b")
 SEQUENCES = 256  # a batch: 0.5M tokens
 PILE = "the Pile"
-NOT_RUN = Cell(None, source="measured", missing="not run")
 READ = "The paper prints no numbers for this figure: its points are read by eye, to about 1 % of the axis."
 STAND_IN = "Its authors' Pile is not to be had any more; `pile` here is monology/pile-uncopyrighted, a stand-in."
 Key = tuple[str, str]
@@ -287,8 +298,8 @@ def _register(name: str, rule: Rule, short: bool) -> None:
                     bands.append(band_of(model, law, xs))
         where = "" if chosen is None else f", {chosen.corpus}, {chosen.text}"
         title = f"{'The short ladder' if short else 'Figure 4. Perplexity against compute'}{where}"
-        x_label = f"Training FLOPs ({RULES[rule]})"
-        return Figure(title, x_label, "Valid PPL", "", lines, "tight", missing, "decades", bands)
+        x = Axis(f"Training FLOPs ({RULES[rule]})", "log")
+        return Figure(title, x, Axis("Valid PPL", "tight"), lines, missing, bands=bands)
 
 
 for _rule in get_args(Rule):

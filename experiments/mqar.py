@@ -19,8 +19,8 @@ from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.zoo import MODELS, Size, model_config, slug
 from rodimus_lab.recipe import BudgetConfig, OptimizerConfig, Recipe, ScheduleConfig
 from rodimus_lab.records import Record, load_records
-from rodimus_lab.report import FIGURES, Cell, Column, Figure, Line, PaperResults, Table
-from rodimus_lab.report.recall import EXPANSION_FIELDS, METRIC, Best, best_points, too_close
+from rodimus_lab.report import FIGURES, NOT_RUN, Axis, Cell, Column, Figure, Line, PaperResults, Table
+from rodimus_lab.report.recall import EXPANSION_FIELDS, METRIC, Best, best_points, spread_over_seeds, too_close
 
 LAYERS = 2
 SEED = 123  # Zoology's
@@ -188,9 +188,9 @@ def figure06(records: Sequence[Record], paper: PaperResults) -> Table:
         (Column("Width d"), [Cell(d) for _, _, d in rows]),
     ]
     measured = [column for budget, points in found.items() if points for column in _columns(rows, points, budget)]
-    return _table(
+    return Table.of(
         "Figure 6. Accuracy of recall (MQAR) by width",
-        names + (measured or [(Column("Accuracy (%)"), [_NOT_RUN] * len(rows))]),
+        names + (measured or [(Column("Accuracy (%)"), [NOT_RUN] * len(rows))]),
         ["The paper prints no numbers for this figure, and no picture of it was at hand to read points from.", _RULE],
     )
 
@@ -214,10 +214,10 @@ def figure01b(records: Sequence[Record], paper: PaperResults) -> Table:
         ),
     ]
     measured = [column for budget, points in found.items() if points for column in _columns(rows, points, budget)]
-    return _table(
+    return Table.of(
         f"Figure 1b. Accuracy of recall (MQAR) by state expansion: {LONG} tokens, {PAPER_PAIRS[LONG]} pairs, "
         f"d = {LONG_WIDTH}",
-        names + (measured or [(Column("Accuracy (%)"), [_NOT_RUN] * len(rows))]),
+        names + (measured or [(Column("Accuracy (%)"), [NOT_RUN] * len(rows))]),
         ["The paper's points are read by eye off the picture, to about 1 % of the axis.", _RULE],
     )
 
@@ -257,7 +257,6 @@ def draw_figure_1b(records: Sequence[Record], paper: PaperResults) -> Figure:
     )
 
 
-_NOT_RUN = Cell(None, source="measured", missing="not run")
 _RULE = (
     "Of several learning rates the best accuracy counts; every rate stands beside it. Where models differ by less "
     f"than {CLOSE:.0%} short of 99 %, the best rate is run with three seeds. Accuracy is that of the last epoch."
@@ -292,8 +291,9 @@ def _figure(
         if run:
             best = [points[name, x] for x in run]
             sources = [f"{'; '.join(run.id for run in b.runs)} at rate {b.lr:g}" for b in best]
-            lines.append(Line(name, run, [b.accuracy for b in best], sources=sources))
-    return Figure(title, x_label, "Accuracy", "", lines, y_scale="share", missing=missing)
+            stds = [spread_over_seeds(b.runs) for b in best]
+            lines.append(Line(name, run, [b.accuracy for b in best], sources=sources, stds=stds))
+    return Figure(title, Axis(x_label, "log2"), Axis("Accuracy", "share"), lines, missing)
 
 
 def _columns(
@@ -317,7 +317,7 @@ def _columns(
 
 def _accuracy(runs: Sequence[Record] | None, budget: str) -> Cell:
     if not runs:
-        return _NOT_RUN
+        return NOT_RUN
     accuracies = [100 * run.metrics[METRIC] for run in runs]
     return Cell(
         statistics.fmean(accuracies),
@@ -330,8 +330,3 @@ def _accuracy(runs: Sequence[Record] | None, budget: str) -> Cell:
         std=statistics.stdev(accuracies) if len(runs) > 1 else None,
         count=len(runs),
     )
-
-
-def _table(title: str, columns: Sequence[tuple[Column, Sequence[Cell]]], notes: Sequence[str]) -> Table:
-    cells = zip(*(cells for _, cells in columns), strict=True)
-    return Table(title, [column for column, _ in columns], list(cells), notes=notes)

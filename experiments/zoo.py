@@ -22,7 +22,7 @@ from rodimus_lab.nn.mixer import TokenMixer, state_nbytes
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config
 from rodimus_lab.records import PROJECT_ROOT, Record, write_atomic
 from rodimus_lab.registry import load_plugins
-from rodimus_lab.report import FIGURES, Cell, Column, Figure, Line, PaperResults, Table, to_markdown
+from rodimus_lab.report import FIGURES, Axis, Cell, Column, Figure, Line, PaperResults, Table, to_markdown
 
 PAGE = PROJECT_ROOT / "docs" / "zoo.md"
 SIZE = SIZES["1.3b"]
@@ -115,7 +115,7 @@ def table4(records: Sequence[Record], paper: PaperResults) -> Table:
         (Column("Operator"), [_ours(ours and ours.operator) for ours in found]),
         (Column("File"), [Cell(ours and _relative(ours.path), missing=NOT_YET) for ours in found]),
     ]
-    return _table(
+    return Table.of(
         "Table 4. Functional forms: S_t = A_t * S_{t-1} + B_t * (k_tᵀ v_t)",
         columns,
         [
@@ -134,7 +134,7 @@ def others() -> Table:
     load_plugins()
     elsewhere = {row["model"] for row in PaperResults().table(4)} | set(BEYOND)
     names = [name for name in MODELS if name not in elsewhere]
-    return _table("The rest of the zoo", _columns(names), [_at_size()])
+    return Table.of("The rest of the zoo", _columns(names), [_at_size()])
 
 
 def beyond() -> Table:
@@ -146,7 +146,7 @@ def beyond() -> Table:
         (Column("State, n × m"), [_ours(_state(one)) for one in found]),
         (Column("Operator"), [_ours(one.operator) for one in found]),
     ]
-    return _table(
+    return Table.of(
         "Beyond the paper",
         columns,
         [
@@ -190,9 +190,8 @@ def state_bytes(records: Sequence[Record], paper: PaperResults) -> Figure:
     lines = [Line(name, GROWING, state_sizes(name, GROWING, size=SIZE.name)) for name in MODELS]
     return Figure(
         f"State of one sequence at the {SIZE.name} size, in bfloat16",
-        "Context (tokens)",
-        "State (bytes)",
-        "B",
+        Axis("Context (tokens)", "log2"),
+        Axis("State (bytes)", unit="B"),
         lines,
     )
 
@@ -290,8 +289,3 @@ def _relative(path: Path | str) -> str:
 
 def _section(table: Table) -> str:
     return f"#{to_markdown(table)}"
-
-
-def _table(title: str, columns: Sequence[tuple[Column, Sequence[Cell]]], notes: Sequence[str]) -> Table:
-    cells = zip(*(cells for _, cells in columns), strict=True)
-    return Table(title, [column for column, _ in columns], list(cells), notes=notes)

@@ -11,27 +11,29 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
-from itertools import product, takewhile
+from itertools import product
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
-from rich.console import Console
 
 from rodimus_lab.bench import app as bench_app
+from rodimus_lab.checkpoint_commands import DeviceName, chat, convert, generate
+from rodimus_lab.command import COMMANDS
 from rodimus_lab.config import did_you_mean
-from rodimus_lab.data import Tokenizer, describe, list_corpora, load_tokenizer, padded_vocab_size, prepare
+from rodimus_lab.data import describe, list_corpora, padded_vocab_size, prepare
 from rodimus_lab.doctor import examine
 from rodimus_lab.errors import RunsFailed, UserError
-from rodimus_lab.experiment import EXPERIMENTS, REPORTS, Experiment, choose_budget
-from rodimus_lab.generate import Sampling, stream, stream_text
+from rodimus_lab.experiment import EXPERIMENTS, Experiment, choose_budget
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config
+from rodimus_lab.plan import show_plan
 from rodimus_lab.recipe import Recipe
-from rodimus_lab.records import PROJECT_ROOT, load_records, load_unfinished, tables_root
+from rodimus_lab.records import load_records
 from rodimus_lab.registry import load_plugins
-from rodimus_lab.report import PaperResults, runs_json, runs_table, to_markdown, write
-from rodimus_lab.weights import load_model
+from rodimus_lab.report_commands import report, write_report
+from rodimus_lab.runs_commands import app as runs_app
+from rodimus_lab.terminal import console
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,13 +44,12 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Corpora, tokenizers and token shards.")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
-console = Console(highlight=False, markup=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-DeviceName = Literal["cpu", "cuda"]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PlanAsJson = Annotated[bool, typer.Option("--json", help="List the runs as JSON; with --dry-run.")]
 
 
 def main() -> None:
@@ -161,8 +162,10 @@ OPTION_HELP = {
 
 @cache
 def add_experiments() -> None:
-    """Make a command of every registered experiment."""
+    """Make a command of every registered experiment, and take in the commands that modules bring along."""
     load_plugins()
+    for name in COMMANDS:
+        app.command(name, rich_help_panel=COMMANDS[name].panel)(COMMANDS[name].run)
     for name in EXPERIMENTS:
         app.command(name, rich_help_panel="Experiments")(_command_of(EXPERIMENTS[name]))
 
@@ -172,13 +175,18 @@ def _command_of(experiment: Experiment) -> Callable[..., None]:
     own = experiment.options
 
     def command(**values: Any) -> None:
-        chosen = {name: _listed(values.pop(name), own[name].default) for name in own}
+        dry_run, as_json = values.pop("dry_run"), values.pop("as_json")
+        chosen = {name: _listed(values.pop(name), own[name]) for name in own}
         if "budget" in chosen:
             budget, why = choose_budget(chosen["budget"][0])
-            console.print(f"budget: {budget} ({why})")
+            if not as_json:
+                console.print(f"budget: {budget} ({why})")
             chosen["budget"] = [budget]
         combinations = [dict(zip(chosen, each, strict=True)) for each in product(*chosen.values())]
         recipes = [recipe for options in combinations for recipe in experiment.recipes(**options)]
+        if dry_run:
+            show_plan(recipes, load_records(), console, as_json=as_json)
+            return
         failures: list[str | None] = []
         experiment.run(recipes, lambda some: failures.append(run_all(some, values)))
         for name in experiment.reports:
@@ -188,9 +196,12 @@ def _command_of(experiment: Experiment) -> Callable[..., None]:
 
     parameters = []
     for name, parameter in own.items():
-        annotation, default = _repeatable(parameter)
-        text = f"One of {', '.join(MODELS)}." if name == "model" else OPTION_HELP.get(name)
+        annotation, default, text = _repeatable(parameter)
+        text = text or (f"One of {', '.join(MODELS)}." if name == "model" else OPTION_HELP.get(name))
         parameters.append(_option(name, annotation, default, help=text))
+    parameters.append(_option("dry_run", bool, False, help="List the runs with their ids, and train none."))
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters.append(inspect.Parameter("as_json", keyword, default=False, annotation=PlanAsJson))
     command.__doc__ = (
         f"{inspect.getdoc(experiment.function)}\n\n"
         "--model and the like may be given several times: a run of each value, side by side where there is room."
@@ -198,22 +209,30 @@ def _command_of(experiment: Experiment) -> Callable[..., None]:
     return _with_run_options(command, parameters)
 
 
-def _repeatable(parameter: inspect.Parameter) -> tuple[Any, Any]:
-    """An experiment's option as one that may be given several times, with its default; flags and choices stay."""
-    plain = parameter.annotation
-    if get_origin(plain) is Annotated:
-        plain = get_args(plain)[0]
+def _repeatable(parameter: inspect.Parameter) -> tuple[Any, Any, str | None]:
+    """An experiment's option as one that may be given several times, with its default and what it says of itself;
+    flags, choices and lists stay."""
+    plain, text = _plain(parameter)
     members = [member for member in get_args(plain) if member is not NoneType]
     kind = members[0] if NoneType in get_args(plain) and len(members) == 1 else plain
     if kind not in (str, int, float):
-        return plain, parameter.default
-    return list[kind] | None, None if parameter.default is None else [parameter.default]  # type: ignore[valid-type]
+        return plain, parameter.default, text
+    return list[kind] | None, None if parameter.default is None else [parameter.default], text  # type: ignore[valid-type]
 
 
-def _listed(value: Any, default: Any) -> list[Any]:
-    if isinstance(value, list) and not isinstance(default, list | tuple):
-        return value or [default]
-    return [default if value is None else value]
+def _plain(parameter: inspect.Parameter) -> tuple[Any, str | None]:
+    """The annotation without what pydantic reads, and the description that is in it."""
+    if get_origin(parameter.annotation) is not Annotated:
+        return parameter.annotation, None
+    plain, field = get_args(parameter.annotation)[:2]
+    return plain, field.description
+
+
+def _listed(value: Any, parameter: inspect.Parameter) -> list[Any]:
+    """The values of an option, one a combination."""
+    if isinstance(value, list) and _repeatable(parameter)[0] != _plain(parameter)[0]:
+        return value or [parameter.default]
+    return [parameter.default if value is None else value]
 
 
 def _with_run_options(command: Callable[..., None], own: Sequence[inspect.Parameter]) -> Callable[..., None]:
@@ -244,23 +263,6 @@ def run_all(recipes: Sequence[Recipe], options: dict[str, Any]) -> str | None:
     return campaign.run_all(recipes, training, spread, console)
 
 
-def write_report(name: str, *, show: bool) -> None:
-    """Build a report from all records, write it beside the runs and say where; print it as well if asked to."""
-    report = REPORTS[name]
-    if console.quiet:  # Another rank writes it.
-        return
-    records = [record for experiment in report.experiments for record in load_records(experiment=experiment)]
-    table = report.make(records, PaperResults())
-    paths = write(table, tables_root(), name)
-    if show:
-        console.print(to_markdown(table))
-    console.print(f"written: {', '.join(map(_shown, paths))}")
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
-
-
 def _train(recipes: list[Path], **options: Any) -> None:
     """Train the recipes in files, such as finished runs' recipe.json."""
     if failed := run_all([Recipe.read(path) for path in recipes], options):
@@ -275,24 +277,8 @@ _argument = inspect.Parameter(
 app.command("train", rich_help_panel="Experiments")(_with_run_options(_train, [_argument]))
 
 
-@app.command(rich_help_panel="Results")
-def report(
-    names: Annotated[list[str] | None, typer.Argument(help="Such as table1. Default: all.")] = None,
-) -> None:
-    """Rebuild tables from the run records, the paper's numbers beside ours."""
-    chosen = [REPORTS.canonical(name) for name in names or REPORTS]
-    for name in chosen:
-        write_report(name, show=True)
-
-
-@app.command(rich_help_panel="Results")
-def runs(as_json: AsJson = False) -> None:
-    """List the runs on disk."""
-    records, unfinished = load_records(), load_unfinished()
-    if as_json:
-        print(json.dumps(runs_json(records, unfinished), indent=1))
-    else:
-        console.print(runs_table(records, unfinished))
+app.command(rich_help_panel="Results")(report)
+app.add_typer(runs_app, name="runs", rich_help_panel="Results")
 
 
 @app.command(rich_help_panel="Models")
@@ -350,45 +336,8 @@ def doctor(as_json: AsJson = False) -> None:
         console.print(f"{fact.topic:<14}{fact.name:<26}{fact.value}")
 
 
-@app.command(rich_help_panel="Models")
-def generate(
-    run: Annotated[str, typer.Argument(help="A run id, or a folder with model.safetensors.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.", min=1)] = 100,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens.", min=1)] = None,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that reach this probability.")] = 0.95,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text, which is one token; may be repeated.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Draw the same text every time.", min=0)] = None,
-    device: Annotated[DeviceName | None, typer.Option(help="Default: cuda where there is one.")] = None,
-) -> None:
-    """Continue a prompt with a trained run."""
-    from rodimus_lab.train.distributed import device_type
-
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    model, recipe = load_model(run, device=device_type(device))
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise UserError("the prompt is not valid UTF-8; give it in that encoding") from None
-    ids = tokenizer.encode(prompt)
-    stop_ids = [_stop_token(tokenizer, text) for text in stop or ()]
-    drawn = (next_B[0] for next_B in stream(model, [ids], max_new_tokens, sampling, stop=[tokenizer.eos_id, *stop_ids]))
-    tokens = takewhile(lambda token: token not in stop_ids, drawn)
-    print(prompt, end="", flush=True)
-    for text in stream_text(tokenizer, ids, tokens):
-        print(text, end="", flush=True)
-    print()
-
-
-def _stop_token(tokenizer: Tokenizer, text: str) -> int:
-    ids = tokenizer.encode(text)
-    if len(ids) != 1:
-        raise UserError(f"{text!r} is {len(ids)} tokens of {tokenizer.name}, not one; give a stop of one token")
-    return ids[0]
+for command in (generate, chat, convert):
+    app.command(rich_help_panel="Models")(command)
 
 
 @data_app.command("list")

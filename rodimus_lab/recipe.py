@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
 
 from rodimus_lab.config import Config, ConfigError
 from rodimus_lab.data.mqar import MqarConfig
+from rodimus_lab.data.needle import NeedleConfig
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModelConfig
 
@@ -45,7 +46,8 @@ def _sort_of_data(value: Any) -> str:
 
 
 AnyData = Annotated[
-    Annotated[DataConfig, Tag("text")] | Annotated[MqarConfig, Tag("mqar")], Discriminator(_sort_of_data)
+    Annotated[DataConfig, Tag("text")] | Annotated[MqarConfig, Tag("mqar")] | Annotated[NeedleConfig, Tag("needle")],
+    Discriminator(_sort_of_data),
 ]
 
 
@@ -91,7 +93,10 @@ class Recipe(Config):
     """One run, wholly described. What does not change the outcome (micro-batches, devices, compilation) is not here.
 
     `experiment` is the folder of its record; `label` the row or point that the run stands for, such as a model's name.
+    A recipe may know the one that it was made from, which is no part of what it is, and stands in the run's record.
     """
+
+    _base: Recipe | None = PrivateAttr(default=None)
 
     experiment: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     label: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
@@ -136,3 +141,36 @@ class Recipe(Config):
     def id(self) -> str:
         """`<label>-<8 hex digits of the canonical JSON's hash>`; the same recipe has the same id everywhere."""
         return f"{self.label}-{self.digest()}"
+
+    def departing_from(self, base: Recipe) -> Recipe:
+        """The same recipe, knowing its base."""
+        copy = self.model_copy()
+        copy._base = base
+        return copy
+
+    @property
+    def base(self) -> Recipe | None:
+        return self._base
+
+    @property
+    def departure(self) -> dict[str, Any] | None:
+        """`base`, the base's id, and `changes`, dotted path -> [there, here], of all but the names; None without a
+        base."""
+        if self._base is None:
+            return None
+        there, here = ({**recipe.to_dict(), "experiment": "", "label": ""} for recipe in (self._base, self))
+        return {"base": self._base.id, "changes": dict(_differences(there, here))}
+
+
+def _differences(there: Any, here: Any, path: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """Where two plain values differ, as deep down as both have the same keys or lengths."""
+    if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
+        pairs = [(name, there[name], here[name]) for name in there]
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = [(str(index), *both) for index, both in enumerate(zip(there, here, strict=True))]
+    else:
+        if there != here:
+            yield path, [there, here]
+        return
+    for name, before, after in pairs:
+        yield from _differences(before, after, f"{path}.{name}" if path else name)

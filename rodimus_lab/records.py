@@ -37,9 +37,12 @@ PACKAGES = (
     "lm-eval",
     "ray",
 )
+# What stands for the corpus of a model that others trained, and of one in a folder that does not tell its training.
+PUBLISHED, FROM_FOLDER, UNTRAINED = "published weights", "weights from a folder", "no corpus"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 RECIPE, ENV, METRICS, RECORD = "recipe.json", "env.json", "metrics.jsonl", "record.json"
+SAMPLES = "samples.jsonl"  # Prompts and what the run made of them, where any were kept.
 
 
 def runs_root() -> Path:
@@ -58,13 +61,14 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` whole or not at all, making the folder it lies in. Raises `UserError` where the disk refuses."""
+def write_atomic(path: Path, text: str | bytes) -> None:
+    """Write `text` (as UTF-8) or bytes whole or not at all, making the folder it lies in. Raises `UserError` where the
+    disk refuses."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(text.encode() if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -111,11 +115,16 @@ class UnfinishedRun:
 
 
 def describe_budget(budget: Mapping[str, Any]) -> str:
-    """A recipe's budget in words; a fraction of the paper's steps is told as one."""
+    """A recipe's budget in words; a fraction of the paper's steps is told as one.
+
+    Weights that others trained have no steps. `scored` says what of the test items counts, and where they are from.
+    """
     steps, paper_steps = budget["steps"], budget.get("paper_steps")
     of = "" if paper_steps in (None, steps) else f" of {paper_steps:,}"
     batch = f", batch {budget['batch_size']:,}" if budget.get("batch_size") else ""
-    return f"{budget['name']} budget {steps:,}{of} steps{batch}"
+    scored = f", {budget['scored']}" if budget.get("scored") else ""
+    trained = f" budget {steps:,}{of} steps{batch}" if steps else ""
+    return f"{budget['name']}{trained}{scored}"
 
 
 class RunDir:

@@ -16,6 +16,16 @@ from rodimus_lab.errors import UserError
 PLUGIN_PACKAGES = ("rodimus_lab.nn", "rodimus_lab.data", "baselines", "evals", "experiments")
 
 
+def file_spelling(name: str) -> str:
+    """`name` as it stands in ids and file names: rodimus+ -> rodimus_plus, transformer++ -> transformer_pp."""
+    return name.replace("++", "_pp").replace("+", "_plus")
+
+
+def plain_spelling(name: str) -> str:
+    """The inverse of `file_spelling`."""
+    return name.replace("_pp", "++").replace("_plus", "+")
+
+
 T = TypeVar("T")
 U = TypeVar("U")
 

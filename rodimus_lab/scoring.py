@@ -77,17 +77,22 @@ def negative_log_likelihood(
 
 
 def recall(model: LanguageModel, batches: Iterable[tuple[Tensor, ...]], device: torch.device) -> Tensor:
-    """The float64 triple (nats, answers counted, answers right) over batches of (inputs_BT, answers_BP; -100: not
-    counted, positions_BP). Right is an answer that is the likeliest token at its position."""
-    total = torch.zeros(3, dtype=torch.float64, device=device)
+    """The float64 five (nats, answers counted, answers right, rows with any, rows with all of them right) over batches
+    of (inputs_BT, answers_BP; -100: not counted, positions_BP). Right is an answer that is the likeliest token at its
+    position."""
+    total = torch.zeros(5, dtype=torch.float64, device=device)
     with scoring(model):
         for batch in batches:
             inputs_BT, answers_BP, positions_BP = (tensor.to(device, non_blocking=True) for tensor in batch)
             x_BTD, _ = model.hidden(inputs_BT)
             logits_BPV = model.logits(at_positions(x_BTD, positions_BP))
+            counted_BP, right_BP = answers_BP != IGNORE, logits_BPV.argmax(-1) == answers_BP
+            asked_B = counted_BP.any(1)
             total[0] += cross_entropy(logits_BPV.transpose(1, 2), answers_BP, ignore_index=IGNORE, reduction="sum")
-            total[1] += (answers_BP != IGNORE).sum()
-            total[2] += (logits_BPV.argmax(-1) == answers_BP).sum()
+            total[1] += counted_BP.sum()
+            total[2] += right_BP.sum()
+            total[3] += asked_B.sum()
+            total[4] += (asked_B & (right_BP | ~counted_BP).all(1)).sum()
     return total
 
 

@@ -13,10 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rodimus_lab.errors import UserError
-from rodimus_lab.nn.model import LanguageModel
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import NAME, PROJECT_ROOT, canonical_json, write_atomic
-from rodimus_lab.registry import load_plugins
 
 MODEL, RECIPE, FINAL = "model.safetensors", "recipe.json", "final"
 
@@ -27,16 +25,16 @@ def checkpoints_root() -> Path:
     return Path(chosen).expanduser() if chosen else PROJECT_ROOT / "checkpoints"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file whole or not at all, with a checksum of its tensors among its metadata.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all; its metadata are a checksum of its tensors unless others are given.
 
-    Raises `UserError` where the disk refuses.
+    More than one entry would stand in another order every time. Raises `UserError` where the disk refuses.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"sha256": checksum(tensors)})
+        save_file(tensors, temporary, metadata=dict(metadata or {"sha256": checksum(tensors)}))
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -89,21 +87,11 @@ def find_model(run: str | Path, root: Path | str | None = None) -> Path:
     return found[0]
 
 
-def load_model(
-    run: str | Path, checkpoints_root: Path | str | None = None, *, device: torch.device | str = "cpu"
-) -> tuple[LanguageModel, Recipe]:
-    """The model of a run id, `experiment/id` or folder, in evaluation mode with its float32 weights, and its recipe.
-
-    Raises `UserError` for a run without weights and for files that are damaged or do not fit each other.
-    """
-    directory = find_model(run, checkpoints_root)
-    load_plugins()
+def read_run(directory: Path) -> tuple[Recipe, dict[str, Tensor]]:
+    """The recipe and the weights in a folder that `save_model` wrote. Raises `UserError` where one is damaged."""
     recipe = Recipe.read(directory / RECIPE)
-    with torch.random.fork_rng(devices=[]):
-        model = recipe.model.build()
     try:
-        model.load_state_dict(read_tensors(directory / MODEL))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        return recipe, read_tensors(directory / MODEL)
+    except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{directory / MODEL} is damaged or of another model ({reason}); train the run again") from None
-    return model.to(device).eval(), recipe
+        raise UserError(f"{directory / MODEL} is damaged ({reason}); train the run again") from None

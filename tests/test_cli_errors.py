@@ -86,6 +86,15 @@ def refused(result, *names):
         (["wikitext103", "--retries", "-1"], ["retries is -1", "at least 0"]),
         (["wikitext103", "--serial", "--jobs", "2"], ["leave out serial or jobs"]),
         (["wikitext103", "--ray-adress", "auto"], ["--ray-adress", "--ray-address"]),
+        (["ablate"], ["nothing to ablate", "--table 12 to 18", "--gate"]),
+        (["ablate", "--table", "9"], ["--table", "'9'", "12, 13, 14, 15, 16, 17, 18"]),
+        (["ablate", "--gate", "alpha"], ["--gate", "'alpha'", "g, tau, beta-hat, beta"]),
+        (["ablate", "--rank", "1,3"], ["--rank", "'3'", "1, 2, 4, 8, 16, 32, 64, 128"]),
+        (["ablate", "--table", "15", "--layers", "24"], ["--layers", "'24'", "6"]),
+        (["ablate", "--hops", "three"], ["--hops", "'three'", "two, one"]),
+        (["memory-ppl", "--model", "rodimsu"], ["--model", "'rodimsu'", "rodimus+, mamba"]),
+        (["memory-ppl", "--artefact", "table7", "--amount", "3"], ["--amount", "'3'", "1.2, 2.3, 4.7, 9.4"]),
+        (["memory-ppl", "--model", "mamba", "--amount", "512"], ["--amount", "'512'", "16, 32, 64, 128"]),
         (["train", "no/such/recipe.json"], ["no/such/recipe.json", "No such file", "give a run's recipe.json"]),
         (["train", "."], ["cannot read .", "directory"]),
     ],
@@ -215,7 +224,7 @@ def test_damaged_weights(cli, smoke_run, spoil):
 def test_weights_without_their_recipe(cli, smoke_run):
     recipe = smoke_run.root / "checkpoints" / "wikitext103" / smoke_run.id / "final" / "recipe.json"
     recipe.unlink()
-    refused(cli("generate", smoke_run.id, "--prompt", "a"), recipe, "No such file")
+    refused(cli("generate", smoke_run.id, "--prompt", "a"), recipe.parent, "neither config.json nor recipe.json")
 
 
 def test_a_damaged_checkpoint(cli, places):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from pydantic import Field
 
 from rodimus_lab.bench.recording import EXPERIMENT as BENCH
+from rodimus_lab.command import COMMANDS
 from rodimus_lab.errors import UserError
 from rodimus_lab.experiment import EXPERIMENTS, REPORTS, Experiment, choose_budget, shrink
 from rodimus_lab.recipe import BudgetConfig, ScheduleConfig
@@ -47,16 +49,27 @@ def test_an_option_that_is_wrong_is_named(demonstration, options, named):
         demonstration.recipes(**options)
 
 
+NAMED = {"ablate": {"table": ["15"]}}  # What a command must be told, since without it there is nothing to do.
+
+
+def test_every_experiment_can_be_listed(cli, places):
+    for name in EXPERIMENTS:
+        asked = [f"--{option}={value}" for option, (value,) in NAMED.get(name, {}).items()]
+        planned = json.loads(cli(name, *asked, "--budget", "paper", "--dry-run", "--json").out)
+        assert planned
+        assert all(one["state"] == "new" and one["tokens"] > 0 for one in planned)
+
+
 def test_every_experiment_has_defaults_and_known_reports():
     assert list(EXPERIMENTS)
     for name in EXPERIMENTS:
         experiment = EXPERIMENTS[name]
         assert all(option.default is not option.empty for option in experiment.options.values())
-        for recipe in experiment.recipes():
-            assert recipe.experiment == name
+        runs = {recipe.experiment for recipe in experiment.recipes(**NAMED.get(name, {}))}
+        assert name in runs <= set(EXPERIMENTS)
         for report in experiment.reports:
-            assert name in REPORTS[report].experiments
-    recorded = {*EXPERIMENTS, BENCH}  # `bench record` writes records of its own.
+            assert runs & set(REPORTS[report].experiments)
+    recorded = {*EXPERIMENTS, BENCH, *COMMANDS}  # `bench record` and commands write records of their own.
     for name in REPORTS:
         assert recorded.issuperset(REPORTS[name].experiments)
 

@@ -207,7 +207,7 @@ def test_generate_from_the_command_line(cli, smoke_run):
 
 def test_the_command_line_gives_all_of_the_text(cli, smoke_run, monkeypatch):
     """Every character in as many tokens as it has bytes."""
-    from rodimus_lab import cli as module
+    from rodimus_lab import checkpoint_commands as module
     from rodimus_lab.data import load_tokenizer
 
     text = " — déjà vu: 雨☂️."
@@ -233,7 +233,7 @@ def byte_tokens(tokenizer):
 
 
 def test_the_command_line_ends_before_a_stop(cli, smoke_run, monkeypatch):
-    from rodimus_lab import cli as module
+    from rodimus_lab import checkpoint_commands as module
     from rodimus_lab.data import load_tokenizer
 
     tokens = load_tokenizer("pydoc-4096").encode("one, two.\nthree")

@@ -12,11 +12,25 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rodimus_lab", "baselines", "evals", "experiments")
 FLOORS = {
-    1: {"errors", "config", "registry", "ops"},
+    1: {"errors", "config", "registry", "device", "terminal", "ops"},
     2: {"nn", "data", "records"},
-    3: {"baselines", "recipe", "sampling", "decoder", "generate", "scoring", "weights", "accounting", "hf", "report"},
-    4: {"experiment", "evals", "doctor"},
-    5: {"experiments", "train", "sweep", "bench"},
+    3: {
+        "baselines",
+        "recipe",
+        "sampling",
+        "decoder",
+        "generate",
+        "scoring",
+        "weights",
+        "gates",
+        "accounting",
+        "convert",
+        "hf",
+        "report",
+        "results",
+    },
+    4: {"experiment", "command", "settings", "variant", "plan", "run_models", "evals", "doctor"},
+    5: {"experiments", "train", "sweep", "bench", "site", "checkpoint_commands", "report_commands", "runs_commands"},
     6: {"cli"},
 }
 LONGEST_FILE = 450

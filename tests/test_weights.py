@@ -3,12 +3,14 @@ import json
 import pytest
 import torch
 
+from rodimus_lab.convert import open_checkpoint, write_native
+from rodimus_lab.data.mqar import MqarConfig, MqarSegment
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.block import BlockConfig
 from rodimus_lab.nn.feedforward import FeedForwardConfig
 from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.recipe import BudgetConfig, DataConfig, Recipe, ScheduleConfig
-from rodimus_lab.weights import find_model, load_model, save_model
+from rodimus_lab.weights import find_model, save_model
 
 
 @pytest.fixture
@@ -32,7 +34,8 @@ def saved(tmp_path, recipe):
 
 
 @pytest.mark.parametrize("how", ["id", "experiment and id", "run folder", "folder"])
-def test_round_trip(tmp_path, recipe, saved, how):
+def test_round_trip(tmp_path, recipe, saved, how, monkeypatch):
+    monkeypatch.setenv("RODIMUS_LAB_CHECKPOINTS", str(tmp_path))
     folder = tmp_path / "trial" / recipe.id
     name = {
         "id": recipe.id,
@@ -41,9 +44,10 @@ def test_round_trip(tmp_path, recipe, saved, how):
         "folder": folder / "final",
     }
     before = torch.get_rng_state()
-    model, read = load_model(name[how], tmp_path)
+    checkpoint = open_checkpoint(name[how])
+    model = checkpoint.build()
     assert torch.equal(torch.get_rng_state(), before)
-    assert read == recipe
+    assert checkpoint.recipe == recipe
     assert not model.training
     for a, b in zip(model.parameters(), saved.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -52,7 +56,7 @@ def test_round_trip(tmp_path, recipe, saved, how):
 @pytest.mark.parametrize("name", ["nobody-00000000", "../trial", "trial/../../etc", ""])
 def test_no_such_run(tmp_path, saved, name):
     with pytest.raises(UserError, match="no weights of"):
-        load_model(name, tmp_path / "trial")
+        find_model(name, tmp_path / "trial")
 
 
 def test_an_id_of_two_experiments(tmp_path, recipe, saved):
@@ -65,7 +69,7 @@ def test_damaged_weights(tmp_path, recipe, saved):
     path = find_model(recipe.id, tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
-        load_model(recipe.id, tmp_path)
+        open_checkpoint(tmp_path / "trial" / recipe.id).build()
 
 
 def test_weights_of_another_model(tmp_path, recipe, saved):
@@ -73,11 +77,25 @@ def test_weights_of_another_model(tmp_path, recipe, saved):
     values = json.loads(path.read_text())
     values["model"]["d_model"] = 4
     path.write_text(json.dumps(values))
-    with pytest.raises(UserError, match="damaged or of another model"):
-        load_model(recipe.id, tmp_path)
+    with pytest.raises(UserError, match=r"weight of .* is \(16, 8\), not \(16, 4\)"):
+        open_checkpoint(tmp_path / "trial" / recipe.id).build()
 
 
 def test_damaged_recipe(tmp_path, recipe, saved):
     (find_model(recipe.id, tmp_path) / "recipe.json").write_text("{")
     with pytest.raises(UserError, match="cannot read"):
-        load_model(recipe.id, tmp_path)
+        open_checkpoint(tmp_path / "trial" / recipe.id).build()
+
+
+def test_a_run_that_did_not_read_text(tmp_path, recipe):
+    """A model, but no tokenizer."""
+    examples = MqarSegment(seq_len=16, num_pairs=2, num_examples=4)
+    recipe = recipe.replace(data=MqarConfig(train=(examples,), test=examples, vocab_size=32))
+    save_model(tmp_path / "run", recipe.model.build().state_dict(), recipe)
+    checkpoint = open_checkpoint(tmp_path / "run")
+    write_native(checkpoint, tmp_path / "exported")
+    assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == ["config.json", "model.safetensors"]
+    again = open_checkpoint(tmp_path / "exported")
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in checkpoint.tensors.items())
+    with pytest.raises(UserError, match="was not trained on text"):
+        checkpoint.tokenizer()

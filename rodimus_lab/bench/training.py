@@ -22,6 +22,7 @@ from rodimus_lab.bench.measure import peak_bytes, seconds_of
 from rodimus_lab.bench.peers import OUT_OF_MEMORY, PEERS, build, failure, parameters, wrong_loss
 from rodimus_lab.bench.result import AsJson, Column, Device, Result, Row, app, show, surroundings, until_interrupted
 from rodimus_lab.config import did_you_mean
+from rodimus_lab.device import device_name
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModel
 from rodimus_lab.nn.zoo import SIZES, Size, model_config, slug
@@ -33,7 +34,7 @@ from rodimus_lab.train.distributed import World, session
 from rodimus_lab.train.feed import Batch, Feed
 from rodimus_lab.train.optimizer import build_optimizer, decay_groups
 from rodimus_lab.train.step import Stepper, default_rows, fit_rows
-from rodimus_lab.train.throughput import device_name, median, peak_flops, utilization
+from rodimus_lab.train.throughput import median, peak_flops, utilization
 
 Precision = Literal["fp32", "bf16", "bf16-params"]
 MODELS = ("transformer++", "rodimus", "rodimus+")

@@ -20,6 +20,11 @@ IGNORED = -100
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
+def rng(seed: int, index: int) -> np.random.Generator:
+    """The random numbers of one epoch, or one row, of a seed."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index])))
+
+
 class TokenBlocks:
     """A split cut into contiguous blocks, whatever documents and shards they span.
 
@@ -154,8 +159,7 @@ class BlockLoader:
         return hashlib.sha256(start._next_indices(count).astype("<i8").tobytes()).hexdigest()
 
     def _draw(self, epoch: int) -> np.ndarray:
-        seeds = np.random.SeedSequence([self.seed, epoch])
-        return np.random.Generator(np.random.PCG64(seeds)).permutation(len(self.blocks))
+        return rng(self.seed, epoch).permutation(len(self.blocks))
 
     def _next_indices(self, count: int) -> np.ndarray:
         parts = []

@@ -80,6 +80,13 @@ class Tokenizer:
         """SHA-256 of the serialised tokenizer."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def token(self, id: int) -> str:
+        """The entry of the vocabulary with that id. Raises `UserError` where there is none."""
+        token = self._backend.id_to_token(id)
+        if token is None:
+            raise UserError(f"the tokenizer {self.name!r} has no token {id}; its ids are below {self.vocab_size}")
+        return token
+
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
@@ -149,6 +156,15 @@ def _rodimus() -> backends.Tokenizer:
     file = _local("tokenizers/rodimus/tokenizer.json")
     if file is None:
         return _from_hub("rodimus", "codefuse-ai/rodimus_plus_1B6_base_20241001", "tokenizers/rodimus/tokenizer.json")
+    return _read(file[0])
+
+
+@TOKENIZERS.register("gpt-4")
+def _gpt_4() -> backends.Tokenizer:
+    """cl100k_base, which measures NeedleBench's lengths."""
+    file = _local("tokenizers/gpt-4/tokenizer.json")
+    if file is None:
+        return _from_hub("gpt-4", "Xenova/gpt-4", "tokenizers/gpt-4/tokenizer.json")
     return _read(file[0])
 
 

@@ -6,6 +6,7 @@ Shapes: B batch, T time, D model width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -64,6 +65,9 @@ class TokenMixer(nn.Module, ABC):
     def init_weights(self, init: Initializer) -> None:
         """Draw every parameter afresh."""
 
+    def reset_buffers(self) -> None:
+        """Give buffers that are not saved with the weights their value again, after a loader has left them empty."""
+
     def step(self, x_BD: Tensor, norm: Norm, base_BD: Tensor, state: State) -> Tensor:
         """base + mixer(norm(x)) for one token a row, without gradients; `state` becomes the state after it, in place.
 
@@ -104,6 +108,14 @@ def overwrite(state: State, new_state: State) -> None:
         raise UserError("the text has outgrown the state it is kept in; allocate that for a longer context")
     elif state is not new_state:
         state.copy_(new_state)
+
+
+def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
+    """A state of the same form, each tensor being `function` of the one before. Every tensor's first dimension is B."""
+    if isinstance(state, Tensor):
+        return function(state)
+    parts = [map_state(function, part) for part in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
 
 def clear(state: State) -> None:

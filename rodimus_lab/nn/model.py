@@ -16,7 +16,7 @@ from rodimus_lab.config import Config
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.block import Block, BlockConfig
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer
-from rodimus_lab.nn.norm import Norm
+from rodimus_lab.nn.norm import Norm, is_plain
 from rodimus_lab.ops.cross_entropy import cross_entropy
 from rodimus_lab.ops.linear_step import linear_step
 from rodimus_lab.ops.segments import Segments
@@ -203,7 +203,10 @@ class LanguageModel(nn.Module):
         return linear_step(x_BD, self.head_weight_VD, self.head_bias, norm=norm, dtype=dtype)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
-        logits = nn.functional.linear(x_BTD, self.head_weight_VD.to(x_BTD.dtype))
+        if self.head is None or is_plain(self.head):
+            logits = nn.functional.linear(x_BTD, self.head_weight_VD.to(x_BTD.dtype))
+        else:
+            logits = self.head(x_BTD)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits if self.head_bias is None else logits + self.head_bias
 
@@ -224,6 +227,18 @@ class LanguageModel(nn.Module):
         x_BTD, _ = self.hidden(ids_BT, segments=segments)
         if positions_BP is not None:
             x_BTD = at_positions(x_BTD, positions_BP)
+        return self.loss_of_hidden(x_BTD, targets_BT, reduction=reduction)
+
+    def loss_of_hidden(
+        self, x_BTD: Tensor, targets_BT: Tensor, *, reduction: Literal["mean", "sum", "none"] = "mean"
+    ) -> Tensor:
+        """`loss` from what `hidden` gave."""
+        if not (self.head is None or is_plain(self.head)):
+            logits_NV = self.logits(x_BTD).flatten(0, -2)
+            losses = nn.functional.cross_entropy(
+                logits_NV, targets_BT.flatten(), ignore_index=IGNORE, reduction=reduction
+            )
+            return losses.view_as(targets_BT) if reduction == "none" else losses
         return cross_entropy(
             x_BTD, self.head_weight_VD, targets_BT, bias_V=self.head_bias, ignore_index=IGNORE, reduction=reduction
         )

@@ -54,6 +54,11 @@ class Norm(nn.Module):
         return f"{self.weight.numel()}, kind={self.kind!r}, eps={self.eps}"
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is nn.Linear and nothing more, so that its weight is all there is to it."""
+    return type(layer) is nn.Linear
+
+
 def linear_of_step(
     x_BD: Tensor,
     linear: nn.Linear,
@@ -65,5 +70,11 @@ def linear_of_step(
     """base + linear(act(norm(x))) of the few rows of a decoding step; see `linear_step`."""
     if norm is not None and norm.rms is None:
         x_BD, norm = norm(x_BD), None
+    if not is_plain(linear):
+        x_BD = x_BD if norm is None else norm(x_BD)
+        if gated:
+            up_BF, gate_BF = x_BD.chunk(2, dim=-1)
+            x_BD = F.silu(gate_BF) * up_BF
+        return linear(x_BD) if base_BE is None else base_BE + linear(x_BD)
     rms = None if norm is None else norm.rms
     return linear_step(x_BD, linear.weight, linear.bias, norm=rms, gated=gated, base_BE=base_BE)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from rodimus_lab.config import Config
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer, TokenMixerConfig
-from rodimus_lab.nn.norm import Norm, at_least_fp32
+from rodimus_lab.nn.norm import Norm, at_least_fp32, is_plain
 from rodimus_lab.ops.conv_gate import LowRankGate, conv_gate
 from rodimus_lab.ops.gated_linear import gated_linear
 from rodimus_lab.ops.gated_norm import gated_norm
@@ -139,6 +139,13 @@ class RodimusState(NamedTuple):
     memory_B1nM: Tensor
 
 
+class Gates(NamedTuple):
+    """g and tau of Eq. 9 in at least float32; tau is None where it is left out, and a constant one is spread."""
+
+    g_BTn: Tensor
+    tau_BTn: Tensor | None
+
+
 class LowRank(nn.Module):
     """x_BTM -> logits_BTM = x W_1 W_2 + b."""
 
@@ -153,7 +160,10 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     @property
-    def weights(self) -> LowRankGate:
+    def weights(self) -> LowRankGate | None:
+        """For `conv_gate`, where they are all there is to the gate."""
+        if not (is_plain(self.down) and is_plain(self.up)):
+            return None
         return LowRankGate(self.down.weight, self.up.weight, self.up.bias)
 
     def forward(self, x_BTM: Tensor) -> Tensor:
@@ -224,15 +234,21 @@ class Rodimus(TokenMixer):
         self, x_BTD: Tensor, state: State | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, State | None]:
         # Two products, not the halves of one: joining the halves' gradients would cost four trips through memory.
-        x_BTM, z_BTM = (F.linear(x_BTD, weight) for weight in self.fc.weight.chunk(2))
+        if is_plain(self.fc):
+            x_BTM, z_BTM = (F.linear(x_BTD, weight) for weight in self.fc.weight.chunk(2))
+        else:
+            x_BTM, z_BTM = self.fc(x_BTD).chunk(2, dim=-1)
+        gate = None if self.value_gate is None else self.value_gate.weights
         conv_BTM, v_BTM, conv_state = conv_gate(
             x_BTM,
             self.conv_weight,
             self.conv_bias,
-            None if self.value_gate is None else self.value_gate.weights,
+            gate,
             state_BWM=None if state is None else state.conv_BWM,
             segments=segments,
         )
+        if self.value_gate is not None and gate is None:
+            v_BTM = v_BTM * self.value_gate(v_BTM).sigmoid()
         q_BTn, k_BTn, gates = self.state_proj(conv_BTM).split(
             [self.config.n, self.config.n, self.config.num_gate_rows], dim=-1
         )
@@ -275,10 +291,28 @@ class Rodimus(TokenMixer):
         if self.value_gate is None or entry is None or leave is None:
             return None
         down, up = self.value_gate.down, self.value_gate.up
+        if not all(map(is_plain, (self.fc, self.state_proj, down, up, self.out_proj))):
+            return None
         return RodimusWeights(
             entry, self.fc.weight, self.conv_weight, self.conv_bias, self.state_proj.weight, self.gate_bias,
             down.weight, up.weight, up.bias, self.feedthrough, leave, self.out_proj.weight,
         )  # fmt: skip
+
+    def gates(self, x_BTD: Tensor) -> Gates:
+        """The gates that `forward` of x_BTD uses without a state, to be looked at. Raises `ValueError` without g."""
+        config = self.config
+        if self.gate_bias is None:
+            raise ValueError("there is no gate g")
+        gate = None if self.value_gate is None else self.value_gate.weights
+        x_BTM = F.linear(x_BTD, self.fc.weight.chunk(2)[0])
+        conv_BTM, _, _ = conv_gate(x_BTM, self.conv_weight, self.conv_bias, gate)
+        logits = at_least_fp32(F.linear(conv_BTM, self.state_proj.weight[2 * config.n :])) + self.gate_bias
+        g_BTn = F.softplus(logits[..., : config.n])
+        if config.tau is None:
+            return Gates(g_BTn, None)
+        if config.tau.fixed is not None:
+            return Gates(g_BTn, torch.full_like(g_BTn, config.tau.fixed))
+        return Gates(g_BTn, logits[..., config.n :].sigmoid())
 
     def _select(self, k_BTn: Tensor, gates: Tensor) -> tuple[Tensor | None, Tensor]:
         """log alpha = -g tau and alpha_hat * k = g^tau * k, all in float32."""

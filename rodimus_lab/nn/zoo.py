@@ -14,9 +14,11 @@ from rodimus_lab.nn.attention import AttentionConfig
 from rodimus_lab.nn.block import BlockConfig
 from rodimus_lab.nn.feedforward import FeedForwardConfig
 from rodimus_lab.nn.heads import HeadSharing
+from rodimus_lab.nn.mixer import TokenMixerConfig
 from rodimus_lab.nn.model import InitConfig, LanguageModel, LanguageModelConfig
+from rodimus_lab.nn.official_attention import OfficialAttentionConfig
 from rodimus_lab.nn.rodimus import RodimusConfig, ValueGate
-from rodimus_lab.registry import Registry, load_plugins
+from rodimus_lab.registry import Registry, file_spelling, load_plugins
 
 
 class Size(NamedTuple):
@@ -93,15 +95,35 @@ def with_sublayers(config: LanguageModelConfig, kind: str, changes: dict[str, An
     )
 
 
+def with_official_cache(config: LanguageModelConfig) -> LanguageModelConfig:
+    """`config` decoding as the authors' published code does, defects and all; see `nn/official_attention.py`.
+
+    Raises `UserError` where no sublayer has a window in the official convention.
+    """
+    blocks = tuple(
+        block.replace(hops=tuple(tuple(_with_official_cache(sub) for sub in hop) for hop in block.hops))
+        for block in config.pattern
+    )
+    if blocks == config.pattern:
+        raise UserError("official_cache_compat is for the attention of the authors' checkpoints; there is none here")
+    return config.replace(pattern=blocks)
+
+
+def _with_official_cache(sublayer: TokenMixerConfig) -> TokenMixerConfig:
+    if type(sublayer) is not AttentionConfig or sublayer.window is None or sublayer.window_convention != "official":
+        return sublayer
+    return OfficialAttentionConfig(**{name: getattr(sublayer, name) for name in AttentionConfig.model_fields})
+
+
 def build_model(name: str, **options: Any) -> LanguageModel:
     """`model_config(name, ...)` built with freshly drawn weights."""
     return model_config(name, **options).build()
 
 
 def slug(name: str) -> str:
-    """`name` as it stands in ids and file names: rodimus+ -> rodimus_plus, transformer++ -> transformer_pp."""
+    """A model's name as it stands in ids and file names."""
     load_plugins()
-    return MODELS.canonical(name).replace("++", "_pp").replace("+", "_plus")
+    return file_spelling(MODELS.canonical(name))
 
 
 def align8(width: float) -> int:

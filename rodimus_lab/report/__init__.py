@@ -1,7 +1,20 @@
 """Reports: tables and figures made of run records and of the paper's numbers. Needs neither torch nor a GPU."""
 
-from rodimus_lab.report.comparison import Metric, paper_vs_measured
-from rodimus_lab.report.figure import FIGURES, Band, Figure, Line, write_figure, write_figures
+from rodimus_lab.report.artefacts import quoted_tables
+from rodimus_lab.report.comparison import NOT_RUN, Metric, paper_vs_measured
+from rodimus_lab.report.figure import (
+    FIGURES,
+    Axis,
+    Band,
+    Drawing,
+    Figure,
+    HeatMap,
+    Line,
+    Panels,
+    write_figure,
+    write_figures,
+)
+from rodimus_lab.report.order import with_order
 from rodimus_lab.report.paper import PaperResults, PaperRow, Printed, paper_table
 from rodimus_lab.report.runs import runs_json, runs_table
 from rodimus_lab.report.table import Cell, Column, Table
@@ -9,23 +22,30 @@ from rodimus_lab.report.writers import to_csv, to_latex, to_markdown, write
 
 __all__ = [
     "FIGURES",
+    "NOT_RUN",
+    "Axis",
     "Band",
     "Cell",
     "Column",
+    "Drawing",
     "Figure",
+    "HeatMap",
     "Line",
     "Metric",
+    "Panels",
     "PaperResults",
     "PaperRow",
     "Printed",
     "Table",
     "paper_table",
     "paper_vs_measured",
+    "quoted_tables",
     "runs_json",
     "runs_table",
     "to_csv",
     "to_latex",
     "to_markdown",
+    "with_order",
     "write",
     "write_figure",
     "write_figures",

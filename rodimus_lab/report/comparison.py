@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from rodimus_lab.records import Record, canonical_json
+from rodimus_lab.registry import file_spelling
 from rodimus_lab.report.paper import PaperRow, PaperValue
-from rodimus_lab.report.table import Cell, Column, Table
+from rodimus_lab.report.table import MISSING, Cell, Column, Table, stands_in
 
 Key: TypeAlias = tuple[str, ...]
+NOT_RUN = Cell(None, source="measured", missing="not run")
 
 
 @dataclass(frozen=True)
 class Metric:
     """One quantity: its heading, its name in the metrics of a record (shown times `scale`, with `digits`), and its
-    column in the paper's CSV (None where the paper does not give it)."""
+    column in the paper's CSV (None where the paper does not give it). `stderr` is the name of its standard error."""
 
     name: str
     metric: str
@@ -25,6 +27,7 @@ class Metric:
     better: Literal["lower", "higher"] | None = "lower"
     digits: int = 2
     scale: float = 1.0
+    stderr: str | None = None
 
 
 class Group(NamedTuple):
@@ -48,18 +51,22 @@ def paper_vs_measured(
     headings: Sequence[str] = ("Model",),
     record_key: Callable[[Record], Sequence[Any]] = lambda record: (record.label,),
     given: Mapping[str, Callable[[Key], Cell]] | None = None,
-    paper_corpus: str | None = None,
+    paper_corpus: str | tuple[str, ...] | None = None,
     per_device: bool = False,
     caption: str = "",
     notes: Sequence[str] = (),
+    section: str | None = None,
+    missing: str = MISSING,
 ) -> Table:
     """One row for each of `paper_rows`, in order, then one for each model that only we ran.
 
     `key` are the paper's columns that name a row, `headings` their headings, and `record_key` the same values for a
     record; `rodimus_plus` and `rodimus+` count as one. `given` holds further columns: heading -> cell for a row's
     names. Runs that differ in the seed only become mean and standard deviation. Other runs that meet in one cell get
-    a row each, with the settings that tell them apart. `per_device` keeps devices apart, as speeds need. A number
-    that is not there is missing. Raises `ValueError` where `key` does not tell the paper's rows apart.
+    a row each, with the settings that tell them apart. `per_device` keeps devices apart, as speeds need. `section` is
+    the paper's column that parts the table; models that only we ran are a part of their own. Where nothing was run
+    a cell says so; a number that a run or the paper does not give is `missing`. Raises `ValueError` where
+    `key` does not tell the paper's rows apart.
     """
     papers: dict[Key, PaperRow] = {}
     names: dict[Key, list[PaperValue]] = {}
@@ -74,7 +81,7 @@ def paper_vs_measured(
         values = list(record_key(record))
         names.setdefault(_key(values), values)
         group = Group(
-            stand_in=record.corpus != (paper_corpus or record.corpus),
+            stand_in=stands_in(record.corpus, paper_corpus),
             corpus=record.corpus,
             tokenizer=record.tokenizer,
             minus_steps=-record.budget["steps"],
@@ -92,6 +99,8 @@ def paper_vs_measured(
         texts = {text for cells in runs.values() for row, text in cells if row == name}
         rows += [(name, text) for text in sorted(texts | ({""} if name in papers else set()))]
 
+    split = {(row, "") for row, text in rows if text}  # The paper's rows whose runs stand in rows of their own.
+
     columns = [
         (Column(heading), [Cell(names[row][index]) for row, _ in rows]) for index, heading in enumerate(headings)
     ]
@@ -102,29 +111,35 @@ def paper_vs_measured(
         if metric.paper_column is not None:
             quoted = [{} if text else papers.get(row, {}) for row, text in rows]
             columns.append((column, [Cell(row.get(metric.paper_column), source="paper") for row in quoted]))
-        for cells in runs.values():
-            measured = [_measured(cells.get(row, []), metric) for row in rows]
-            if any(cell.value is not None for cell in measured):
-                columns.append((column, measured))
+        ours = [
+            [
+                _measured(found, metric, missing)
+                if (found := cells.get(row))
+                else Cell(None)
+                if row in split
+                else NOT_RUN
+                for row in rows
+            ]
+            for cells in runs.values()
+        ]
+        ours = [measured for measured in ours if any(cell.value is not None for cell in measured)]
+        if not ours and metric.paper_column is not None and metric.better is not None:
+            ours = [[NOT_RUN] * len(rows)]
+        columns += [(column, measured) for measured in ours]
     if any(text for _, text in rows):
         columns.insert(len(headings), (Column("Settings"), [Cell(text or None) for _, text in rows]))
-    return Table(
-        title,
-        [column for column, _ in columns],
-        list(zip(*(cells for _, cells in columns), strict=True)),
-        caption,
-        notes,
-        paper_corpus,
-    )
+    sections = [str(papers.get(row, {}).get(section) or "") for row, _ in rows] if section else ()
+    return Table.of(title, columns, notes, caption=caption, paper_corpus=paper_corpus, sections=sections)
 
 
-def _measured(runs: Sequence[Record], metric: Metric) -> Cell:
+def _measured(runs: Sequence[Record], metric: Metric, missing: str) -> Cell:
     """The mean over runs that differ in the seed only; missing where none of them has the metric."""
     given = [run for run in runs if run.metrics.get(metric.metric) is not None]
     if not given:
-        return Cell(None, source="measured")
+        return Cell(None, source="measured", missing=missing)
     values = [run.metrics[metric.metric] * metric.scale for run in given]
     first = given[0]
+    error = first.metrics.get(metric.stderr) if metric.stderr and len(values) == 1 else None
     stops = sorted({run.metrics.get("steps", run.budget["steps"]) for run in given} - {first.budget["steps"]})
     return Cell(
         statistics.fmean(values),
@@ -138,6 +153,7 @@ def _measured(runs: Sequence[Record], metric: Metric) -> Cell:
         note=f"stopped after {', '.join(f'{steps:,}' for steps in stops)} steps" if stops else "",
         std=statistics.stdev(values) if len(values) > 1 else None,
         count=len(values),
+        stderr=None if error is None else error * metric.scale,
     )
 
 
@@ -173,4 +189,4 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def _key(values: Iterable[Any]) -> Key:
     """The names of a row in one spelling, that of file names: `rodimus+` and `rodimus_plus` are the same."""
     texts = (str(getattr(value, "text", value)) for value in values)
-    return tuple(text.lower().replace("++", "_pp").replace("+", "_plus") for text in texts)
+    return tuple(file_spelling(text.lower()) for text in texts)

@@ -1,14 +1,15 @@
-"""Figures: named lines, drawn as SVG and PNG with their numbers beside them as CSV, byte for byte reproducible.
+"""Figures: named lines, heat maps, or panels of both, drawn as SVG, PDF and PNG with their numbers beside them as
+CSV, byte for byte reproducible.
 
-A function that makes one is registered under its name, `@FIGURES.register("state_bytes")`. A model has the same colour
-and marker in every figure.
+A function that makes one is registered under its name, `@FIGURES.register("state_bytes")`; one that makes several, such
+as one a run, gives them by what follows that name. A model has the same colour and marker in every figure.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -18,6 +19,7 @@ from zlib import crc32
 from rodimus_lab.errors import UserError
 from rodimus_lab.records import PROJECT_ROOT, Record, load_records, write_atomic
 from rodimus_lab.registry import Registry, load_plugins
+from rodimus_lab.report.heat_map import HeatMap
 from rodimus_lab.report.paper import PaperResults
 from rodimus_lab.report.table import check_name
 
@@ -44,19 +46,38 @@ HOUSE = {
     "lines.markersize": 4.5,
     "savefig.dpi": 150,
 }
+# What the files would else say of when and by which version they were drawn.
+UNDATED = {
+    "svg": {"Date": None, "Creator": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    "png": {"Software": None},
+}
 LABEL_GAP = 0.042  # between the names at the right, as a part of the height
 
 
 @dataclass(frozen=True)
 class Line:
     """The points of one model. `sources` say point by point where each is from; `quoted` ones are the paper's, drawn
-    pale and behind ours."""
+    pale and behind ours. `stds` are the standard deviations over seeds, 0 where there is one seed, drawn as a band."""
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
     sources: Sequence[str] = ()
     quoted: bool = False
+    stds: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """On `log2` the points are marked, `tight` is logarithmic within about one decade, and a `share` is from 0 to 1.
+    `unit` is written with the numbers, in thousands and millions. `also` is a second axis of the same points: its
+    label, and what a value of this one is worth on it."""
+
+    label: str
+    scale: Literal["log2", "log", "tight", "linear", "share"] = "log"
+    unit: str | None = None
+    also: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,23 +90,28 @@ class Band:
     lows: Sequence[float]
     highs: Sequence[float]
 
+    def rows(self, source: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Name, x, y, `source`, low and high of every point."""
+        points = zip(self.xs, self.ys, self.lows, self.highs, strict=True)
+        told = [tuple(f"{value:.6g}" for value in point) for point in points]
+        return [(self.name, *point[:2], *source, *point[2:]) for point in told]
+
+    def paint(self, axes: Any) -> None:
+        colour = style_of(self.name)["color"]
+        axes.plot(self.xs, self.ys, color=colour, linewidth=1.0)
+        axes.fill_between(self.xs, self.lows, self.highs, color=colour, alpha=0.12, linewidth=0)
+
 
 @dataclass(frozen=True)
 class Figure:
-    """Lines over x; `unit` is that of y, which goes up in powers (within one decade: `tight`) or, a share, from 0 to 1.
-    x is marked at the points, in powers of two, or else (`decades`) in powers of ten.
-
-    `missing` are points that are not there: (name, x). The points of a model with a band are not joined.
-    """
+    """Lines over two axes. `missing` are points that are not there: (name, x). Points with a band are not joined."""
 
     title: str
-    x_label: str
-    y_label: str
-    unit: str
+    x: Axis
+    y: Axis
     lines: Sequence[Line]
-    y_scale: Literal["log", "tight", "share"] = "log"
     missing: Sequence[tuple[str, float]] = ()
-    x_marks: Literal["points", "decades"] = "points"
+    size: tuple[float, float] = (7.5, 5.0)
     bands: Sequence[Band] = ()
 
     @property
@@ -100,8 +126,86 @@ class Figure:
         told = [name if name in whole else f"{name} at {', '.join(xs)}" for name, xs in absent.items()]
         return "; ".join(parts + ([f"not run: {', '.join(told)}"] if told else []))
 
+    def rows(self) -> list[tuple[Any, ...]]:
+        """The points below their header, with their sources where there are any; one that is missing has no y. Fitted
+        laws follow, with their limits in two more columns."""
+        points = [(line.name, x, y) for line in self.lines for x, y in zip(line.xs, line.ys, strict=True)]
+        header: tuple[str, ...] = ("name", self.x.label, self.y.label)
+        rows: list[tuple[Any, ...]] = [*points]
+        if self.missing or any(line.sources for line in self.lines):
+            header += ("source",)
+            sources = [source for line in self.lines for source in line.sources or [""] * len(line.xs)]
+            rows = [(*point, source) for point, source in zip(points, sources, strict=True)]
+            rows += [(name, x, "", "not run") for name, x in self.missing]
+        if not self.bands:
+            return [header, *rows]
+        source = ("fit",) * (len(header) - 3)
+        laws = [row for band in self.bands for row in band.rows(source)]
+        return [(*header, "low", "high"), *((*row, "", "") for row in rows), *laws]
 
-MakeFigure: TypeAlias = Callable[[Sequence[Record], PaperResults], Figure]
+    def paint(self, canvas: Any) -> None:
+        """Draw into a matplotlib figure or a part of one."""
+        axes = canvas.add_subplot(title=self.title)
+        xs = sorted({x for line in self.lines for x in line.xs} | {x for _, x in self.missing})
+        for axis, ticks, set_scale in ((self.x, axes.xaxis, axes.set_xscale), (self.y, axes.yaxis, axes.set_yscale)):
+            set_scale("linear" if axis.scale in ("linear", "share") else "log")
+            ticks.set_label_text(axis.label)
+        fitted = {band.name for band in self.bands}
+        for line in self.lines:
+            pale: dict[str, Any] = {"alpha": 0.4, "linestyle": "--", "zorder": 1.9} if line.quoted else {}
+            loose = {"linestyle": "none"} if not pale and line.name in fitted else {}
+            axes.plot(line.xs, line.ys, **style_of(line.name), **pale, **loose, clip_on=False)
+            if any(line.stds):
+                low, high = ([y + sign * std for y, std in zip(line.ys, line.stds, strict=True)] for sign in (-1, 1))
+                axes.fill_between(line.xs, low, high, color=style_of(line.name)["color"], alpha=0.15, linewidth=0)
+        for band in self.bands:
+            band.paint(axes)
+        if self.missing and len(xs) > 1:
+            axes.set_xlim(xs[0], xs[-1])
+        for axis, ticks, set_limits in ((self.x, axes.xaxis, axes.set_xlim), (self.y, axes.yaxis, axes.set_ylim)):
+            if axis.scale == "share":
+                set_limits(0, 1)
+            _mark(ticks, axis, xs)
+        if self.x.also is not None:
+            label, worth = self.x.also
+            axes.secondary_xaxis("top", functions=(lambda x: x * worth, lambda x: x / worth)).set_xlabel(label)
+        ours = {line.name for line in self.lines if not line.quoted}
+        _name_lines(axes, [line for line in self.lines if not line.quoted or line.name not in ours])
+        if self.note:
+            canvas.supxlabel(fill(self.note, 110), fontsize="small", x=0.02, ha="left")
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Figures or heat maps, so many in a row; their numbers have the same columns but for the names of the axes."""
+
+    title: str
+    parts: Sequence[Figure | HeatMap]
+    columns: int = 2
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """As wide and high as its parts."""
+        down = -(-len(self.parts) // self.columns)
+        across = min(self.columns, len(self.parts))
+        return across * max(part.size[0] for part in self.parts), down * max(part.size[1] for part in self.parts)
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        """The numbers of all parts below one header."""
+        header = ("panel", *self.parts[0].rows()[0])
+        return [header, *((part.title, *row) for part in self.parts for row in part.rows()[1:])]
+
+    def paint(self, canvas: Any) -> None:
+        """Draw into a matplotlib figure."""
+        canvas.suptitle(self.title)
+        across = min(self.columns, len(self.parts))
+        pieces = canvas.subfigures(-(-len(self.parts) // across), across, squeeze=False)
+        for part, piece in zip(self.parts, pieces.flat, strict=False):
+            part.paint(piece)
+
+
+Drawing: TypeAlias = Figure | HeatMap | Panels
+MakeFigure: TypeAlias = Callable[[Sequence[Record], PaperResults], Drawing | Mapping[str, Drawing]]
 FIGURES: Registry[MakeFigure] = Registry("figure")
 
 
@@ -109,100 +213,75 @@ def write_figures(out_dir: Path | str = PROJECT_ROOT / "results" / "figures") ->
     """Draw every registered figure from all records; returns the files' paths."""
     load_plugins()
     records, paper = load_records(), PaperResults()
-    return [path for name in FIGURES for path in write_figure(FIGURES[name](records, paper), out_dir, name)]
+    drawings = {file: one for name in FIGURES for file, one in by_name(name, FIGURES[name](records, paper)).items()}
+    return [path for file, drawing in drawings.items() for path in write_figure(drawing, out_dir, file)]
 
 
-def write_figure(figure: Figure, out_dir: Path | str, name: str) -> list[Path]:
-    """Write `name.svg`, `name.png` and `name.csv` into `out_dir`; returns their paths."""
+def by_name(name: str, made: Drawing | Mapping[str, Drawing]) -> dict[str, Drawing]:
+    """What a registered function made, by the names of the files."""
+    return {f"{name}-{end}": one for end, one in made.items()} if isinstance(made, Mapping) else {name: made}
+
+
+def write_figure(figure: Drawing, out_dir: Path | str, name: str) -> list[Path]:
+    """Write `name.svg`, `name.pdf`, `name.png` and `name.csv` into `out_dir`; returns their paths."""
     check_name(name)
-    svg, png, numbers = (Path(out_dir) / f"{name}.{suffix}" for suffix in ("svg", "png", "csv"))
-    drawn = draw(figure, name)
-    write_atomic(numbers, figure_csv(figure))
-    write_atomic(svg, drawn["svg"].decode())
-    png.write_bytes(drawn["png"])
-    return [svg, png, numbers]
+    drawn = draw(figure, name) | {"csv": figure_csv(figure).encode()}
+    paths = [Path(out_dir) / f"{name}.{suffix}" for suffix in drawn]
+    for path, content in zip(paths, drawn.values(), strict=True):
+        write_atomic(path, content)
+    return paths
 
 
-def figure_csv(figure: Figure) -> str:
-    """A row for every point, with its source where the figure gives any; one that is missing has no y. Laws follow,
-    with their limits in two more columns."""
+def figure_csv(figure: Drawing) -> str:
+    """The numbers of a figure, a row for every point or cell."""
     text = io.StringIO()
-    header: tuple[str, ...] = ("name", figure.x_label, figure.y_label)
-    rows: list[tuple[Any, ...]] = [
-        (line.name, x, y) for line in figure.lines for x, y in zip(line.xs, line.ys, strict=True)
-    ]
-    if figure.missing or any(line.sources for line in figure.lines):
-        header += ("source",)
-        sources = [source for line in figure.lines for source in line.sources or [""] * len(line.xs)]
-        rows = [(*row, source) for row, source in zip(rows, sources, strict=True)]
-        rows += [(name, x, "", "not run") for name, x in figure.missing]
-    if figure.bands:
-        rows = [(*row, "", "") for row in rows]
-        source = ("fit",) * (len(header) - 3)
-        for band in figure.bands:
-            for point in zip(band.xs, band.ys, band.lows, band.highs, strict=True):
-                x, y, low, high = (f"{value:.6g}" for value in point)
-                rows.append((band.name, x, y, *source, low, high))
-        header += ("low", "high")
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    csv.writer(text, lineterminator="\n").writerows(figure.rows())
     return text.getvalue()
 
 
-def draw(figure: Figure, salt: str) -> dict[str, bytes]:
-    """The figure as SVG and PNG. Raises `UserError` where matplotlib is not installed."""
+def draw(figure: Drawing, salt: str) -> dict[str, bytes]:
+    """The figure as SVG, PDF and PNG. Raises `UserError` where matplotlib is not installed."""
     try:
         from matplotlib import style
         from matplotlib.figure import Figure as Canvas
-        from matplotlib.ticker import (
-            EngFormatter,
-            FixedLocator,
-            FuncFormatter,
-            MaxNLocator,
-            NullLocator,
-            PercentFormatter,
-        )
     except ImportError:
         raise UserError("figures need matplotlib; install it with: pip install -e '.[figures]'") from None
     files = {}
     with style.context(["default", HOUSE | {"svg.hashsalt": salt}]):
-        canvas = Canvas(figsize=(7.5, 5.0), layout="constrained")
-        axes = canvas.add_subplot(
-            xscale="log", yscale="linear" if figure.y_scale == "share" else "log", title=figure.title
-        )
-        axes.set(xlabel=figure.x_label, ylabel=figure.y_label)
-        for line in figure.lines:
-            pale: dict[str, Any] = {"alpha": 0.4, "linestyle": "--", "zorder": 1.9} if line.quoted else {}
-            joined: dict[str, Any] = (
-                {} if pale or line.name not in {band.name for band in figure.bands} else {"linestyle": "none"}
-            )
-            axes.plot(line.xs, line.ys, **style_of(line.name), **pale, **joined, clip_on=False)
-        for band in figure.bands:
-            colour = style_of(band.name)["color"]
-            axes.plot(band.xs, band.ys, color=colour, linewidth=1.0)
-            axes.fill_between(band.xs, band.lows, band.highs, color=colour, alpha=0.12, linewidth=0)
-        xs = {x for line in figure.lines for x in line.xs} | {x for _, x in figure.missing}
-        axes.set_xlim(*((min(xs), max(xs)) if figure.missing and len(xs) > 1 else (None, None)))
-        if figure.x_marks == "points":
-            axes.xaxis.set_major_locator(FixedLocator(sorted(xs)))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
-            axes.xaxis.set_minor_locator(NullLocator())
-        if figure.y_scale == "share":
-            axes.set_ylim(0, 1)
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        else:
-            if figure.y_scale == "tight":
-                axes.yaxis.set_major_locator(MaxNLocator(6))
-                axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(EngFormatter(figure.unit))
-        ours = {line.name for line in figure.lines if not line.quoted}
-        _name_lines(axes, [line for line in figure.lines if not line.quoted or line.name not in ours])
-        if figure.note:
-            canvas.supxlabel(fill(figure.note, 110), fontsize="small", x=0.02, ha="left")
-        for suffix, metadata in {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}.items():
+        canvas = Canvas(figsize=figure.size, layout="constrained")
+        figure.paint(canvas)
+        for suffix, metadata in UNDATED.items():
             file = io.BytesIO()
             canvas.savefig(file, format=suffix, metadata=metadata)
             files[suffix] = file.getvalue()
     return files
+
+
+def _mark(ticks: Any, axis: Axis, xs: Sequence[float]) -> None:
+    """The numbers along an axis."""
+    from matplotlib.ticker import (
+        EngFormatter,
+        FixedLocator,
+        FuncFormatter,
+        MaxNLocator,
+        NullFormatter,
+        NullLocator,
+        PercentFormatter,
+    )
+
+    if axis.scale == "log2":
+        ticks.set_major_locator(FixedLocator(xs))
+        ticks.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
+        ticks.set_minor_locator(NullLocator())
+    elif axis.scale == "tight":
+        ticks.set_major_locator(MaxNLocator(6))
+        ticks.set_major_formatter(EngFormatter(axis.unit or ""))
+        ticks.set_minor_locator(NullLocator())
+    elif axis.scale == "share":
+        ticks.set_major_formatter(PercentFormatter(1, decimals=0))
+    elif axis.unit is not None:
+        ticks.set_major_formatter(EngFormatter(axis.unit))
+        ticks.set_minor_formatter(NullFormatter())
 
 
 def style_of(name: str) -> dict[str, Any]:

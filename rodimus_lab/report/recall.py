@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rodimus_lab.records import Record
+from rodimus_lab.registry import plain_spelling
 
 METRIC = "test_accuracy"
 # The sublayer of a model, and its field, that sets the state expansion n.
@@ -49,6 +50,11 @@ def mean_accuracy(runs: Sequence[Record]) -> float:
     return statistics.fmean(run.metrics[METRIC] for run in runs)
 
 
+def spread_over_seeds(runs: Sequence[Record]) -> float:
+    """The standard deviation of the accuracy; 0 of a single run."""
+    return statistics.stdev(run.metrics[METRIC] for run in runs) if len(runs) > 1 else 0.0
+
+
 def best_points(records: Iterable[Record]) -> dict[str, list[Best]]:
     """Points by budget in words, such as `paper budget, 64 epochs, fp32`; runs of mixtures of shapes are no points.
 
@@ -61,7 +67,7 @@ def best_points(records: Iterable[Record]) -> dict[str, list[Best]]:
         if data.get("task") != "mqar" or len(data["train"]) != 1 or METRIC not in record.metrics:
             continue
         shape = data["train"][0]
-        model = record.label.replace("_plus", "+").replace("_pp", "++")
+        model = plain_spelling(record.label)
         key = (
             model,
             shape["seq_len"],

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
 
+from rodimus_lab.records import FROM_FOLDER, PUBLISHED
 from rodimus_lab.report.paper import Printed
 
 Source: TypeAlias = Literal["paper", "measured", "computed", ""]
@@ -23,8 +24,8 @@ class Cell:
 
     `value` None is missing. `digits` are those after the point; left out, a paper's number keeps its printed digits and
     any other number all it has. A measured number must name its run (several joined by "; "), corpus and budget; `std`
-    is the sample standard deviation over `count` runs with different seeds, of which `value` is the mean. `missing` is
-    what stands where there is no value.
+    is the sample standard deviation over `count` runs with different seeds, of which `value` is the mean; `stderr` the
+    standard error of one run's value over its test items. `missing` is what stands where there is no value.
     """
 
     value: float | str | None
@@ -39,6 +40,7 @@ class Cell:
     std: float | None = None
     count: int = 1
     missing: str = MISSING
+    stderr: float | None = None
 
     def __post_init__(self) -> None:
         if self.source == "measured" and self.value is not None and not (self.run_id and self.corpus and self.budget):
@@ -63,10 +65,12 @@ class Cell:
 
     @property
     def text(self) -> str:
-        """What a reader sees: the value, with its spread where it is a mean over seeds."""
-        if self.std is None:
-            return self.shown
-        return f"{self.shown} ± {_fixed(self.std, self.digits)} ({self.count} seeds)"
+        """What a reader sees: the value, with its spread where it is a mean over seeds, or else its standard error."""
+        if self.std is not None:
+            return f"{self.shown} ± {_fixed(self.std, self.digits)} ({self.count} seeds)"
+        if self.stderr is not None and self.value is not None:
+            return f"{self.shown} ± {_fixed(self.stderr, self.digits)}"
+        return self.shown
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under columns. `paper_corpus` is what the paper trained on: any other corpus is a stand-in.
+    """Rows of cells under columns. `paper_corpus` is what the paper trained on, one or several: any other corpus is a
+    stand-in, but for the unknown one of published weights. `sections` names the part of the table that each row is in:
+    best and second best are found within a part.
 
     Raises `ValueError` where a column mixes sources, corpora, tokenizers or budgets: such numbers are not comparable
     and belong in separate columns.
@@ -92,9 +98,27 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
     notes: Sequence[str] = ()
-    paper_corpus: str | None = None
+    paper_corpus: str | tuple[str, ...] | None = None
+    sections: Sequence[str] = ()
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        columns: Sequence[tuple[Column, Sequence[Cell]]],
+        notes: Sequence[str] = (),
+        *,
+        caption: str = "",
+        paper_corpus: str | tuple[str, ...] | None = None,
+        sections: Sequence[str] = (),
+    ) -> Table:
+        """A table by its columns, each with its cells from the first row down."""
+        rows = list(zip(*(cells for _, cells in columns), strict=True))
+        return cls(title, [column for column, _ in columns], rows, caption, notes, paper_corpus, sections)
 
     def __post_init__(self) -> None:
+        if self.sections and len(self.sections) != len(self.rows):
+            raise ValueError(f"{len(self.sections)} sections are named for {len(self.rows)} rows")
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(f"a row of {len(row)} cells in a table of {len(self.columns)} columns: {row}")
@@ -133,19 +157,22 @@ class Table:
 
     @cached_property
     def marks(self) -> tuple[tuple[Mark, ...], ...]:
-        """For every cell whether it is the best or second best of its column by the digits shown; ties share it."""
+        """For every cell whether it is the best or second best of its column and section by the digits shown; ties
+        share it."""
         marks: list[list[Mark]] = [["" for _ in row] for row in self.rows]
+        sections = self.sections or [""] * len(self.rows)
         for index, column in enumerate(self.columns):
-            shown = {
-                number: float(row[index].shown.replace(",", ""))
-                for number, row in enumerate(self.rows)
-                if row[index].is_number
-            }
-            ranks = sorted(set(shown.values()), reverse=column.better == "higher")
-            if column.better and len(ranks) > 1:
-                for number, value in shown.items():
-                    if value in ranks[:2]:
-                        marks[number][index] = "best" if value == ranks[0] else "second"
+            for section in dict.fromkeys(sections):
+                shown = {
+                    number: float(row[index].shown.replace(",", ""))
+                    for number, row in enumerate(self.rows)
+                    if row[index].is_number and sections[number] == section
+                }
+                ranks = sorted(set(shown.values()), reverse=column.better == "higher")
+                if column.better and len(ranks) > 1:
+                    for number, value in shown.items():
+                        if value in ranks[:2]:
+                            marks[number][index] = "best" if value == ranks[0] else "second"
         return tuple(map(tuple, marks))
 
     @cached_property
@@ -178,16 +205,28 @@ class Table:
         return (cell.source, cell.corpus, cell.tokenizer, cell.budget, cell.device if column.per_device else None)
 
     def _stands_in(self, cell: Cell) -> bool:
-        return self.paper_corpus is not None and cell.corpus != self.paper_corpus
+        return stands_in(cell.corpus, self.paper_corpus)
 
     def _conditions(self, cell: Cell, *, device: bool) -> list[str]:
         parts = [
-            f"{cell.corpus} standing in for {self.paper_corpus}" if self._stands_in(cell) else cell.corpus,
+            f"{cell.corpus} standing in for {' or '.join(corpora(self.paper_corpus))}"
+            if self._stands_in(cell)
+            else cell.corpus,
             cell.tokenizer and f"{cell.tokenizer} tokens",
             cell.budget,
             cell.device if device else None,
         ]
         return [part for part in parts if part]
+
+
+def corpora(paper_corpus: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The corpora that a table's `paper_corpus` names."""
+    return (paper_corpus,) if isinstance(paper_corpus, str) else paper_corpus or ()
+
+
+def stands_in(corpus: str | None, paper_corpus: str | tuple[str, ...] | None) -> bool:
+    """Whether a corpus is none of the paper's, where these are known."""
+    return paper_corpus is not None and corpus not in (*corpora(paper_corpus), PUBLISHED, FROM_FOLDER)
 
 
 def check_name(name: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rodimus_lab.records import write_atomic
 from rodimus_lab.report.table import Cell, Mark, Table, check_name
 
-PROVENANCE = ("source", "run_id", "corpus", "tokenizer", "budget", "device", "std", "count")
+PROVENANCE = ("source", "run_id", "corpus", "tokenizer", "budget", "device", "std", "count", "stderr")
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -79,7 +79,9 @@ def to_latex(table: Table, label: str = "") -> str:
         lines.append(rf"\label{{tab:{label}}}")
     lines.append(rf"\begin{{tabular}}{{{''.join('r' if right else 'l' for right in _numeric(table))}}}")
     lines += [r"\toprule", " & ".join(map(_latex, table.headers)) + r" \\", r"\midrule"]
-    for row, marks in zip(table.rows, table.marks, strict=True):
+    for number, (row, marks) in enumerate(zip(table.rows, table.marks, strict=True)):
+        if number and table.sections and table.sections[number] != table.sections[number - 1]:
+            lines.append(r"\midrule")
         lines.append(" & ".join(_latex_cell(table, *pair) for pair in zip(row, marks, strict=True)) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
     notes = [*map(_latex, table.closing_notes)]
@@ -113,7 +115,7 @@ def _raw(cell: Cell) -> str:
 def _provenance(cell: Cell, field: str) -> str:
     if field != "note" and (cell.value is None or not cell.source):
         return ""
-    if field in ("std", "count") and cell.source != "measured":
+    if field in ("std", "count", "stderr") and cell.source != "measured":
         return ""
     value = getattr(cell, field)
     return "" if value is None else str(value)

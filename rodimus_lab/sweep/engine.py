@@ -11,13 +11,13 @@ from importlib.util import find_spec
 
 from rich.console import Console
 
+from rodimus_lab.device import device_type
 from rodimus_lab.errors import UserError
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.sweep.board import Board
 from rodimus_lab.sweep.outcome import Outcome, RunFunction, SweepOptions, attempt
 from rodimus_lab.sweep.workers import run_on_ray, where
 from rodimus_lab.train import Interrupted, TrainOptions, train
-from rodimus_lab.train.distributed import device_type
 
 
 def sweep(

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rodimus_lab.device import device_type
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModel
 from rodimus_lab.ops.sequence import SequenceShard, sharded_sequence
@@ -111,16 +112,6 @@ class World:
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor put together (on every rank); any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def device_type(asked: str | None = None) -> str:
-    """cpu or cuda, by default cuda where there is one. Raises `UserError` for another, or where there is no GPU."""
-    name = asked or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"{name!r} is not a device that models run on; choose cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is visible; install its driver or choose the device cpu")
-    return name
 
 
 @contextmanager

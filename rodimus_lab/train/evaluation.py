@@ -17,23 +17,27 @@ from rodimus_lab.train.feed import Batch, Feed
 
 
 def evaluate(model: LanguageModel, feed: Feed, world: World, rows: int, precision: Precision) -> dict[str, float]:
-    """`<split>_ppl`, and `<split>_word_ppl` where the number of words is known, for every split of the feed. For
-    questions and answers it is `<split>_accuracy` (0 to 1) and `<split>_loss` (nats an answer).
+    """`<split>_ppl`, and `<split>_word_ppl` where the number of words is known, for every split of the feed. Of
+    questions it is `<split>_accuracy` (0 to 1) and `<split>_loss` (nats an answer); where a row is one answer of
+    several tokens, `<split>_accuracy` of whole answers and `<split>_ppl` of their tokens.
 
     Every token is scored once; the ranks share the blocks, and each scores `rows` of them at a time.
     """
     metrics: dict[str, float] = {}
     for split, batches in feed.evaluation.items():
-        if feed.questions:
-            with autocast(world.device, precision):
-                total = recall(model, filled(batches(rows), rows), world.device)
-            nll, answers, right = world.sum(total).tolist()
-            metrics |= {f"{split}_accuracy": right / answers, f"{split}_loss": nll / answers}
-            continue
         with autocast(world.device, precision):
             parts = map(world.part_of, filled(batches(rows), rows))
-            total = negative_log_likelihood(model, parts, world.device, feed.end_token)
-        nll, tokens = world.sum(total).tolist()
+            if feed.questions or feed.answers:
+                total = recall(model, parts, world.device)
+            else:
+                total = negative_log_likelihood(model, parts, world.device, feed.end_token)
+        nll, tokens, *answered = world.sum(total).tolist()
+        if answered:
+            right, asked, whole = answered
+            metrics[f"{split}_accuracy"] = right / tokens if feed.questions else whole / asked
+        if feed.questions:
+            metrics[f"{split}_loss"] = nll / tokens
+            continue
         score = summarize(nll, int(tokens), feed.words.get(split))
         metrics |= {f"{split}_{name}": score[name] for name in ("ppl", "word_ppl") if name in score}
     return metrics

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import starmap
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from rodimus_lab.data import BlockLoader, TokenBlocks, eval_batches, prepare
+from rodimus_lab.data import BlockLoader, PreparedData, TokenBlocks, eval_batches, prepare
 from rodimus_lab.data.mqar import MqarConfig
+from rodimus_lab.data.needle import NeedleConfig, NeedleDocuments, NeedleLoader, needle_batches
 from rodimus_lab.errors import UserError
+from rodimus_lab.nn.model import IGNORE
 from rodimus_lab.recipe import DataConfig, Recipe
 from rodimus_lab.train.distributed import World
 from rodimus_lab.train.recall import QuestionLoader, question_batches, question_sets
@@ -37,8 +40,9 @@ class Loader(Protocol):
 class Feed:
     """`evaluation[split](rows)` gives this rank's part of that split, at most `rows` rows a batch, as many batches on
     every rank and every token of the split once; `words[split]` is its number of words, `facts` what identifies the
-    data, in JSON, for the run's environment. With `questions` the batches are those of questions and answers. A run is
-    at its end where a metric is above its value in `enough`. With
+    data, in JSON, for the run's environment. With `questions` the batches are those of questions and answers; with
+    `answers` those of evaluation are, and a row is one answer of several tokens. A run is at its end where a metric is
+    above its value in `enough`. With
     `end_token` documents are packed and end there."""
 
     train: Loader
@@ -46,6 +50,7 @@ class Feed:
     words: Mapping[str, int] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     questions: bool = False
+    answers: bool = False
     end_token: int | None = None
     enough: Mapping[str, float] = field(default_factory=dict)
 
@@ -61,7 +66,10 @@ def open_feed(recipe: Recipe, world: World) -> Feed:
     """
     if isinstance(recipe.data, MqarConfig):
         return _open_questions(recipe, recipe.data, world)
-    return _open_text(recipe, recipe.data, world)
+    prepared = _open_corpus(recipe, recipe.data, world)
+    if isinstance(recipe.data, NeedleConfig):
+        return _open_needles(recipe, recipe.data, prepared, world)
+    return _open_text(recipe, recipe.data, prepared, world)
 
 
 def _open_questions(recipe: Recipe, data: MqarConfig, world: World) -> Feed:
@@ -80,9 +88,8 @@ def _open_questions(recipe: Recipe, data: MqarConfig, world: World) -> Feed:
     )
 
 
-def _open_text(recipe: Recipe, data: DataConfig, world: World) -> Feed:
+def _open_corpus(recipe: Recipe, data: DataConfig | NeedleConfig, world: World) -> PreparedData:
     """The corpus, tokenised on first use."""
-    batch_size = recipe.budget.batch_size
     prepared = prepare(data.corpus, data.tokenizer, progress=world.main)
     if world.main:
         prepared.verify()
@@ -92,6 +99,36 @@ def _open_text(recipe: Recipe, data: DataConfig, world: World) -> Feed:
             f"the tokenizer {manifest.tokenizer} has {manifest.vocab_size} tokens, but the model's vocabulary only "
             f"{recipe.model.vocab_size}; enlarge it"
         )
+    return prepared
+
+
+def _open_needles(recipe: Recipe, data: NeedleConfig, prepared: PreparedData, world: World) -> Feed:
+    documents = NeedleDocuments(data, prepared)
+
+    def reader(split: str) -> Callable[[int], Iterable[Batch]]:
+        return lambda rows: starmap(asked, needle_batches(documents, split, rows, world.rank, world.size))
+
+    return Feed(
+        train=NeedleLoader(documents, recipe.budget.batch_size, recipe.seed, world.rank, world.size),
+        evaluation={split: reader(split) for split in ("valid", "test")},
+        facts={
+            "fingerprints": {split: prepared.fingerprint(split) for split in prepared.splits},
+            "tokenizer_fingerprint": prepared.manifest.tokenizer_fingerprint,
+        },
+        answers=True,
+    )
+
+
+def asked(inputs_BT: Tensor, targets_BT: Tensor) -> Batch:
+    """The counted targets of a batch as answers, (inputs_BT, answers_BP, positions_BP)."""
+    counted_BT = targets_BT != IGNORE
+    most = max(1, int(counted_BT.sum(1).max()))
+    positions_BP = (~counted_BT).int().argsort(dim=1, stable=True)[:, :most]
+    return inputs_BT, targets_BT.gather(1, positions_BP), positions_BP
+
+
+def _open_text(recipe: Recipe, data: DataConfig, prepared: PreparedData, world: World) -> Feed:
+    manifest, batch_size = prepared.manifest, recipe.budget.batch_size
     blocks = TokenBlocks(prepared, "train", data.seq_len)
     loader = BlockLoader(blocks, batch_size, recipe.seed, world.data_rank, world.data_size)
     splits = [split for split in prepared.splits if split != "train"]

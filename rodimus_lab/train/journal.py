@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from rodimus_lab.device import device_name
 from rodimus_lab.errors import UserError
 from rodimus_lab.train.distributed import World
-from rodimus_lab.train.throughput import device_name
 
 TIMING = "timing.jsonl"
 SIGNIFICANT = 8

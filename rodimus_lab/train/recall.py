@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rodimus_lab.data.loader import rng
 from rodimus_lab.data.mqar import IGNORE, Examples, MqarConfig, draw
 from rodimus_lab.errors import UserError
 from rodimus_lab.train.distributed import World
@@ -93,7 +94,7 @@ class QuestionLoader:
 
     def _draw(self) -> Tensor:
         """The rows of this rank's batches of an epoch, int64 on the device: batches by rows."""
-        random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, self._epoch])))
+        random = rng(self.seed, self._epoch)
         nobody, batches, start = sum(self.segments), [], 0
         for count in self.segments:
             order = start + random.permutation(count)

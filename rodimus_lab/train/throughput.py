@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from rodimus_lab.scoring import Precision
 
 # Dense bfloat16 FLOP/s from NVIDIA's data sheets. The first name that a device's name contains counts.
@@ -20,10 +18,6 @@ PEAK_BF16_FLOPS = {
     "H100": 989e12,
     "A100": 312e12,
 }
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def peak_flops(name: str, precision: Precision) -> float | None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rodimus_lab.device import device_name
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModel
 from rodimus_lab.recipe import Recipe
@@ -31,7 +32,7 @@ from rodimus_lab.train.progress import Progress
 from rodimus_lab.train.sentinel import NonFiniteError, find_non_finite
 from rodimus_lab.train.signals import Interrupted, StopSignal
 from rodimus_lab.train.step import Stepper, default_rows, fit_rows
-from rodimus_lab.train.throughput import Stopwatch, device_name, median, peak_flops, utilization
+from rodimus_lab.train.throughput import Stopwatch, median, peak_flops, utilization
 from rodimus_lab.weights import FINAL, checkpoints_root, save_model
 
 LOGGED_LINES = 500
@@ -378,6 +379,7 @@ class Trainer:
                     "commit": self.env["commit"],
                     "metrics": metrics,
                 }
+                | ({} if (departure := self.recipe.departure) is None else {"departure": departure})
             )
             record = json.loads((self.run.path / RECORD).read_bytes())
         return self.world.from_main(record)

@@ -1,4 +1,4 @@
-"""Tables 14, 19 and 20: computed figures beside the paper's, speeds from benchmark records, gaps that say so."""
+"""Tables 19 and 20: computed figures beside the paper's, speeds from benchmark records, gaps that say so."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments.efficiency import table14, table19, table20
+from experiments.efficiency import table19, table20
 from rodimus_lab.experiment import REPORTS
 from rodimus_lab.records import PROJECT_ROOT, Record, load_records
 from rodimus_lab.report import PaperResults, Table, to_csv, to_markdown, write
@@ -43,14 +43,13 @@ def column(table: Table, header: str) -> list[str]:
     return [row[index].text for row in table.rows]
 
 
-@pytest.mark.parametrize("make", [table14, table19, table20])
+@pytest.mark.parametrize("make", [table19, table20])
 def test_without_records_every_measurement_says_not_run(make: Any) -> None:
     table = make([], PaperResults())
-    name = "Valid PPL" if make is table14 else "Tokens/s"
-    (index,) = [number for number, header in enumerate(table.headers) if header == name]
+    (index,) = [number for number, header in enumerate(table.headers) if header == "Tokens/s"]
     assert {row[index].text for row in table.rows} == {"not run"}
     assert "not run" in to_markdown(table)
-    assert "does not close" in to_csv(table) or make is table14
+    assert "does not close" in to_csv(table)
 
 
 def test_table_19_sets_speeds_beside_the_papers() -> None:
@@ -106,12 +105,9 @@ def test_the_figures_are_the_accountings() -> None:
     notes = {row[0].text: row[4].note for row in table.rows}
     assert notes.pop("mamba2") == "does not close: -3.6% from the 3.0 printed"
     assert not any(notes.values())
-    assert column(table14([], PaperResults()), "Memory, paper's rule") == [
-        "75.497", "25.166", "44.040", "40.108", "14.942", "24.379",
-    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["table14", "table19", "table20"])
+@pytest.mark.parametrize("name", ["table19", "table20"])
 def test_the_committed_tables_are_those_of_the_committed_records(name: str, tmp_path: Path) -> None:
     report = REPORTS[name]
     records = [r for experiment in report.experiments for r in load_records(RESULTS / "runs", experiment=experiment)]

@@ -11,13 +11,14 @@ from typing import get_args
 import pytest
 import torch
 
-from experiments.wikitext103 import PAPER_STEPS, table1, wikitext103
+from experiments.wikitext103 import table1, wikitext103
 from rodimus_lab.errors import UserError
 from rodimus_lab.experiment import BudgetName
 from rodimus_lab.nn.zoo import MODELS, slug
 from rodimus_lab.records import PROJECT_ROOT, Record, RunDir, load_records
 from rodimus_lab.registry import load_plugins
 from rodimus_lab.report import PaperResults, write
+from rodimus_lab.settings import SETTINGS
 from rodimus_lab.train.distributed import World
 from rodimus_lab.train.optimizer import build_optimizer, decay_groups
 from rodimus_lab.train.step import Stepper
@@ -25,6 +26,7 @@ from rodimus_lab.train.step import Stepper
 load_plugins()
 
 RESULTS = PROJECT_ROOT / "results"
+PAPER_STEPS = SETTINGS["wikitext-103"].steps
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from rodimus_lab.nn.feedforward import FeedForwardConfig
 from rodimus_lab.nn.heads import HeadSharing
 from rodimus_lab.nn.mixer import Initializer, TokenMixerConfig, state_nbytes
 from rodimus_lab.nn.model import LanguageModel, LanguageModelConfig
+from rodimus_lab.nn.official_attention import OfficialAttentionConfig
 from rodimus_lab.nn.rodimus import RodimusConfig, TemperatureGate, ValueDecay, ValueGate
 from rodimus_lab.nn.zoo import MODELS, Size
 from rodimus_lab.ops import Segments, use_backend
@@ -62,6 +63,10 @@ EXAMPLES: dict[str, dict[str, TokenMixerConfig]] = {
         "ska_official_window": AttentionConfig(heads=HeadSharing.of("ska", 2), window=4, window_convention="official"),
         "odd_no_rotary": AttentionConfig(heads=ODD, rotary_base=None, head_width=3),
         "odd_wide_window": AttentionConfig(heads=ODD, window=40),
+    },
+    # Within its window; beyond that it breaks the contract on purpose.
+    "official_attention": {
+        "wide": OfficialAttentionConfig(heads=HeadSharing.of("ska", 2), window=80, window_convention="official")
     },
     "feed_forward": {
         "swiglu": FeedForwardConfig(width=24),

@@ -61,8 +61,12 @@ def texts(table: Table) -> list[list[str]]:
 
 def test_the_paper_alone():
     table = compare([])
-    assert table.headers == ("Model", "Test PPL (paper)")
-    assert texts(table) == [["rodimus", "21.90"], ["rodimus+", "21.56"], ["transformer++", "22.02"]]
+    assert table.headers == ("Model", "Test PPL (paper)", "Test PPL")
+    assert texts(table) == [
+        ["rodimus", "21.90", "not run"],
+        ["rodimus+", "21.56", "not run"],
+        ["transformer++", "22.02", "not run"],
+    ]
 
 
 def test_corpora_and_budgets_have_their_own_columns():
@@ -89,8 +93,8 @@ def test_corpora_and_budgets_have_their_own_columns():
     ]
     assert texts(table) == [
         ["rodimus", "21.90", "22.00", "29.00", "30.00"],
-        ["rodimus+", "21.56", "—", "29.50", "—"],
-        ["transformer++", "22.02", "—", "—", "—"],
+        ["rodimus+", "21.56", "not run", "29.50", "not run"],
+        ["transformer++", "22.02", "not run", "not run", "not run"],
     ]
     assert table.rows[0][3].run_id == "rodimus-0wshort"
     assert table.marks == (("", "second", "", "best", ""), ("", "best", "", "second", ""), ("", "", "", "", ""))
@@ -98,7 +102,7 @@ def test_corpora_and_budgets_have_their_own_columns():
 
 def test_tokenizers_have_their_own_columns():
     table = compare([record("rodimus", 30.0), record("rodimus_plus", 10.0, tokenizer="bytes")])
-    assert texts(table)[:2] == [["rodimus", "21.90", "—", "30.00"], ["rodimus+", "21.56", "10.00", "—"]]
+    assert texts(table)[:2] == [["rodimus", "21.90", "not run", "30.00"], ["rodimus+", "21.56", "10.00", "not run"]]
 
 
 def test_seeds_become_mean_deviation_and_count():
@@ -124,8 +128,8 @@ def test_runs_that_differ_in_settings_are_never_averaged():
         ["rodimus", "—", "21.90", "—"],
         ["rodimus", "dropout=0.0", "—", "30.00"],
         ["rodimus", "dropout=0.1", "—", "20.00 ± 0.00 (2 seeds)"],
-        ["rodimus+", "—", "21.56", "—"],
-        ["transformer++", "—", "22.02", "—"],
+        ["rodimus+", "—", "21.56", "not run"],
+        ["transformer++", "—", "22.02", "not run"],
         ["gla", "dropout=0.0", "—", "40.00"],
         ["gla", "no dropout", "—", "50.00"],
     ]
@@ -183,7 +187,7 @@ def test_rows_named_by_several_columns():
         headings=("Rank", "Size"),
         record_key=lambda run: (run.recipe["rank"], "125M"),
     )
-    assert texts(table) == [["16", "125M", "7.26", "7.50"], ["1", "125M", "—", "—"]]
+    assert texts(table) == [["16", "125M", "7.26", "7.50"], ["1", "125M", "—", "not run"]]
     with pytest.raises(ValueError, match="do not tell the paper's rows apart"):
         paper_vs_measured(paper, [], title="t", metrics=[], key=("size",))
 

@@ -7,23 +7,46 @@ from pathlib import Path
 
 import pytest
 
+from rodimus_lab.nn.zoo import MODELS
 from rodimus_lab.records import PROJECT_ROOT, load_records
 from rodimus_lab.registry import load_plugins
-from rodimus_lab.report import FIGURES, Band, Figure, Line, PaperResults, write_figure
-from rodimus_lab.report.figure import FAMILIES, figure_csv, spread, style_of
+from rodimus_lab.report import FIGURES, Axis, Band, Figure, HeatMap, Line, Panels, PaperResults, write_figure
+from rodimus_lab.report.figure import FAMILIES, by_name, figure_csv, spread, style_of
 
 COMMITTED = PROJECT_ROOT / "results" / "figures"
 LINES = [Line("rodimus", (512, 1024), (5, 5)), Line("transformer", (512, 1024), (1.5, 3))]
-FIGURE = Figure("State", "Context", "Bytes", "B", LINES)
+FIGURE = Figure("State", Axis("Context", "log2"), Axis("Bytes", unit="B"), LINES)
 
 
 def test_the_same_figure_is_the_same_files(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     first = write_figure(FIGURE, tmp_path / "first", "state")
     again = write_figure(FIGURE, tmp_path / "again", "state")
-    assert [path.suffix for path in first] == [".svg", ".png", ".csv"]
+    assert [path.suffix for path in first] == [".svg", ".pdf", ".png", ".csv"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
     assert b"<dc:date>" not in first[0].read_bytes()
+    assert b"Date" not in first[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [FIGURE, HeatMap("g", "token", "row", ["a", "$b", "a"], [0, 1], [[0.5, 1.0, 2.0], [0.1, 0.2, 0.3]])],
+    ids=lambda part: part.title,
+)
+def test_panels_hold_what_their_parts_do(part: Figure | HeatMap, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    both = Panels("Both", [part, part, part])
+    assert figure_csv(both).count("\n") == 3 * (len(part.rows()) - 1) + 1
+    again = [path.read_bytes() for path in write_figure(both, tmp_path / "again", "both")]
+    assert again == [path.read_bytes() for path in write_figure(both, tmp_path, "both")]
+
+
+def test_a_heat_map_names_its_columns() -> None:
+    assert figure_csv(HeatMap("g", "token", "row", ["a", "b"], [0], [[0.5, 1.0]])).splitlines() == [
+        "column,token,row,value",
+        "0,a,0,0.5",
+        "1,b,0,1.0",
+    ]
 
 
 def test_numbers_stand_beside_it() -> None:
@@ -34,6 +57,22 @@ def test_numbers_stand_beside_it() -> None:
         "transformer,512,1.5",
         "transformer,1024,3",
     ]
+
+
+def test_every_model_has_a_style_of_its_own() -> None:
+    load_plugins()
+    styles = {name: (style_of(name)["color"], style_of(name)["marker"]) for name in MODELS}
+    assert len(set(styles.values())) == len(styles)
+
+
+def test_seeds_are_drawn_as_a_band(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    drawn = []
+    for stds in ((0, 0), (0, 0.1)):
+        figure = replace(FIGURE, lines=[Line("rodimus", (512, 1024), (5, 5), stds=stds)])
+        drawn.append(write_figure(figure, tmp_path, "state")[0].read_text())
+    without, with_band = drawn
+    assert ("FillBetween" in without, "FillBetween" in with_band) == (False, True)
 
 
 def test_a_style_is_of_the_name_alone_and_of_one_model() -> None:
@@ -58,21 +97,22 @@ def test_names_are_kept_apart(heights: list[float], apart: list[float]) -> None:
 
 def test_the_committed_numbers_are_those_of_the_code() -> None:
     load_plugins()
-    assert {path.stem for path in COMMITTED.iterdir()} == set(FIGURES)
-    for name in FIGURES:
-        made = figure_csv(FIGURES[name](load_records(PROJECT_ROOT / "results" / "runs"), PaperResults()))
-        assert (COMMITTED / f"{name}.csv").read_text() == made, f"run `make figures` and commit {name}"
+    records, paper = load_records(PROJECT_ROOT / "results" / "runs"), PaperResults()
+    made = {end: one for name in FIGURES for end, one in by_name(name, FIGURES[name](records, paper)).items()}
+    assert {path.stem for path in COMMITTED.iterdir()} == set(made)
+    for name, figure in made.items():
+        assert (COMMITTED / f"{name}.csv").read_text() == figure_csv(figure), f"run `make figures` and commit {name}"
         assert (COMMITTED / f"{name}.svg").is_file()
         assert (COMMITTED / f"{name}.png").stat().st_size < 300_000
+        assert (COMMITTED / f"{name}.pdf").stat().st_size < 100_000
 
 
 def test_sources_and_what_is_missing_stand_in_the_numbers_and_the_note(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     quoted = Line("rodimus", (16, 32), (0.2, 0.4), sources=("paper", "paper"), quoted=True)
     ours = Line("rodimus", (16,), (0.3,), sources=("run-1",))
-    figure = Figure(
-        "Recall", "n", "Accuracy", "", [quoted, ours], y_scale="share", missing=[("rodimus", 32), ("mamba", 16)]
-    )
+    axes = Axis("n", "log2"), Axis("Accuracy", "share")
+    figure = Figure("Recall", *axes, [quoted, ours], missing=[("rodimus", 32), ("mamba", 16)])
     assert figure.note == "dashed and pale: the paper's; not run: rodimus at 32, mamba"
     assert figure_csv(figure).splitlines() == [
         "name,n,Accuracy,source",
@@ -84,7 +124,7 @@ def test_sources_and_what_is_missing_stand_in_the_numbers_and_the_note(tmp_path:
     ]
     svg = write_figure(figure, tmp_path, "recall")[0].read_text()
     assert "stroke-dasharray" in svg
-    empty = Figure("Recall", "n", "Accuracy", "", [], y_scale="share", missing=[("rodimus", 16), ("rodimus", 32)])
+    empty = Figure("Recall", *axes, [], missing=[("rodimus", 16), ("rodimus", 32)])
     assert empty.note == "not run: rodimus"
     assert write_figure(empty, tmp_path, "empty")[1].stat().st_size > 0
 
@@ -93,17 +133,8 @@ def test_a_fitted_law_has_a_band_in_the_picture_and_in_the_numbers(tmp_path: Pat
     pytest.importorskip("matplotlib")
     band = Band("rodimus", (1e15, 1e16), (8.0, 6.0), (7.0, 5.5), (9.0, 6.5))
     points = Line("rodimus", (1e15, 1e16), (8.1, 5.9), sources=("run-1", "run-2"))
-    figure = Figure(
-        "Loss",
-        "FLOPs",
-        "PPL",
-        "",
-        [points],
-        y_scale="tight",
-        missing=[("mamba", 1e15)],
-        x_marks="decades",
-        bands=[band],
-    )
+    axes = Axis("FLOPs", "log"), Axis("PPL", "tight")
+    figure = Figure("Loss", *axes, [points], missing=[("mamba", 1e15)], bands=[band])
     assert figure.note == "shaded: where the fitted law lies with 95 % confidence; not run: mamba"
     assert figure_csv(figure).splitlines() == [
         "name,FLOPs,PPL,source,low,high",

@@ -12,11 +12,11 @@ import pytest
 import train_fakes
 from train_fakes import checkpoint_folder, memory_feed, options, run_folder, tiny_recipe
 
+from rodimus_lab.convert import open_checkpoint
 from rodimus_lab.errors import UserError
 from rodimus_lab.records import RunDir
 from rodimus_lab.train import Interrupted, train
 from rodimus_lab.train.distributed import session
-from rodimus_lab.weights import load_model
 
 CHANGES = {"dropout": 0.0}  # The ranks drop other activations than one process does.
 RECIPE = tiny_recipe(**CHANGES)
@@ -75,8 +75,7 @@ def test_from_one_process_to_two(tmp_path, whole):
     same(metrics(tmp_path), metrics(whole))
     record = json.loads((run_folder(tmp_path, RECIPE) / "record.json").read_text())
     assert record["device"] == "2 x cpu"
-    parts, _ = load_model(RECIPE.id, tmp_path / "checkpoints")
-    once, _ = load_model(RECIPE.id, whole / "checkpoints")
+    parts, once = (open_checkpoint(checkpoint_folder(root, RECIPE)).build() for root in (tmp_path, whole))
     for a, b in zip(parts.parameters(), once.parameters(), strict=True):
         assert (a - b).abs().max() < 1e-5
 

@@ -11,9 +11,9 @@ import torch
 import train_fakes
 from train_fakes import checkpoint_folder, memory_feed, options, run_folder, tiny_recipe
 
+from rodimus_lab.convert import open_checkpoint
 from rodimus_lab.scoring import perplexity
 from rodimus_lab.train import train
-from rodimus_lab.weights import load_model
 
 
 def launch(root, *, settings=None, faults=None):
@@ -82,7 +82,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, whole):
 def test_best_weights_are_those_of_the_best_evaluation(tmp_path):
     recipe = tiny_recipe()
     record = train(recipe, options(tmp_path), open_feed=memory_feed)
-    model, _ = load_model(checkpoint_folder(tmp_path, recipe) / "best")
+    model = open_checkpoint(checkpoint_folder(tmp_path, recipe) / "best").build()
     feed = memory_feed(recipe, train_fakes.World(0, 1, torch.device("cpu")))
     assert perplexity(model, feed.evaluation["valid"](3))["ppl"] == pytest.approx(
         record["metrics"]["best_valid_ppl"], rel=1e-6

@@ -16,6 +16,7 @@ from train_fakes import (
     tiny_recipe,
 )
 
+from rodimus_lab.convert import open_checkpoint
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.feedforward import FeedForward
 from rodimus_lab.nn.model import IGNORE
@@ -25,7 +26,6 @@ from rodimus_lab.train import Interrupted, train
 from rodimus_lab.train.distributed import World
 from rodimus_lab.train.sentinel import NonFiniteError
 from rodimus_lab.train.signals import StopSignal
-from rodimus_lab.weights import load_model
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -73,9 +73,9 @@ def test_metrics_hold_steps_and_evaluations(tmp_path):
 def test_the_final_weights_give_the_recorded_perplexity(tmp_path):
     recipe = tiny_recipe()
     record = train(recipe, options(tmp_path), open_feed=memory_feed)
-    model, read = load_model(recipe.id, tmp_path / "checkpoints")
-    assert read == recipe
-    score = perplexity(model, memory_feed(recipe, ALONE).evaluation["test"](4), words=170)
+    checkpoint = open_checkpoint(checkpoint_folder(tmp_path, recipe))
+    assert checkpoint.recipe == recipe
+    score = perplexity(checkpoint.build(), memory_feed(recipe, ALONE).evaluation["test"](4), words=170)
     assert score["tokens"] == 21 * SEQ_LEN
     assert score["ppl"] == pytest.approx(record["metrics"]["test_ppl"], rel=1e-6)
     assert score["word_ppl"] == pytest.approx(record["metrics"]["test_word_ppl"], rel=1e-6)

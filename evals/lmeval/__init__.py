@@ -1,0 +1,1 @@
+"""What stands on lm-eval, imported only when something is evaluated, so that the project does without lm-eval."""

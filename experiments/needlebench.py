@@ -1,0 +1,298 @@
+"""NeedleBench: how well a trained model finds what stands in a long text (Section 4.2, D.8; Figures 5 and 9 to 14).
+
+`rodimus-lab needlebench RUN` scores a run and keeps the scores as a record of the experiment `needlebench`, cell by
+cell, so that an interrupted one goes on. The heat maps of Figures 9 to 14 are drawn of each record, Figure 5 and a
+table of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import torch
+import typer
+
+from evals.needlebench import PRESETS, SUBTASKS, WEIGHTS, Cell, Source, Spec, evaluate, open_source, summarize
+from evals.needlebench.runner import BATCH_TOKENS, resumed
+from evals.needlebench.scores import by_length
+from evals.needlebench.spec import Task
+from rodimus_lab.command import command
+from rodimus_lab.convert import open_checkpoint
+from rodimus_lab.convert.provenance import Provenance, provenance
+from rodimus_lab.data import Tokenizer, load_tokenizer
+from rodimus_lab.experiment import report
+from rodimus_lab.nn.model import LanguageModel
+from rodimus_lab.records import METRICS, Record, RunDir, canonical_json, environment, load_records, runs_root
+from rodimus_lab.report import (
+    FIGURES,
+    Axis,
+    Drawing,
+    Figure,
+    HeatMap,
+    Line,
+    Metric,
+    Panels,
+    PaperResults,
+    Table,
+    paper_vs_measured,
+    write_figure,
+)
+
+TASKS = get_args(Task)
+EXPERIMENT = "needlebench"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NAMES = {
+    "single_retrieval": "Single-needle retrieval",
+    "multi_retrieval": "Multi-needle retrieval",
+    "multi_reasoning": "Multi-needle reasoning",
+    "overall": "Overall",
+}
+LENGTH, DEPTH, SCORE = "Length (tokens)", "Depth (%)", "Score"
+
+
+@command("needlebench", panel="Evaluation")
+def needlebench(
+    run: Annotated[str, typer.Argument(help="A run id, or a folder with model.safetensors.")],
+    preset: Annotated[
+        Literal["4k", "8k", "32k", "16k"], typer.Option(help="A published grid; 16k is that of the paper's figures.")
+    ] = "16k",
+    task: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(TASKS)}; may be repeated. Default: all but ancestry.")
+    ] = None,
+    language: Annotated[list[str] | None, typer.Option(help="en or zh; may be repeated. Default: both.")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(min=1, help="In place of the preset's lengths; may be repeated.")
+    ] = None,
+    depth: Annotated[
+        list[int] | None, typer.Option(min=0, max=100, help="Percent, in place of the twenty; may be repeated.")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Prompts a cell. Default: 10, or 25.")] = None,
+    buffer: Annotated[int | None, typer.Option(min=0, help="Tokens without haystack. Default: as published.")] = None,
+    length_tokenizer: Annotated[
+        str, typer.Option(help="What measures lengths and depths: a tokenizer, or model for the model's own.")
+    ] = "gpt-4",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 2000,
+    score_empty: Annotated[
+        bool, typer.Option("--score-empty", help="Score prompts without any haystack, as OpenCompass does.")
+    ] = False,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Of NeedleBench's files. Default: $RODIMUS_LAB_DATA/needlebench, or the Hub."),
+    ] = None,
+    dtype: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Default: bf16 on CUDA, fp32 on a CPU.")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of prompts read at a time.")] = BATCH_TOKENS,
+    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Default: cuda where there is one.")] = None,
+) -> None:
+    """Score a run on NeedleBench, and draw its heat maps."""
+    from rodimus_lab.train.distributed import World, device_type
+    from rodimus_lab.train.journal import device_facts
+
+    spec = Spec.from_dict(
+        {
+            "lengths": length or PRESETS[preset],
+            "repeats": repeats,
+            "buffer": buffer,
+            "length_tokenizer": length_tokenizer,
+            "max_new_tokens": max_new_tokens,
+            "score_empty": score_empty,
+        }
+        | ({"depths": sorted(depth)} if depth else {})
+        | ({"tasks": task} if task else {})
+        | ({"languages": language} if language else {})
+    )
+    source = open_source(data_dir, spec.tasks, spec.languages)
+    kind = device_type(device)
+    checkpoint = open_checkpoint(run)
+    tokenizer = checkpoint.tokenizer()
+    measure = tokenizer if length_tokenizer == "model" else load_tokenizer(length_tokenizer)
+    precision = dtype or ("bf16" if kind == "cuda" else "fp32")
+    facts = environment() | device_facts(World(0, 1, torch.device(kind)))
+    examined = Examined(provenance(checkpoint), tokenizer, precision, facts["device"])
+    kept = score_run(checkpoint.build(device=kind), examined, spec, source, measure, facts, batch_tokens=batch_tokens)
+    for line in lines(kept):
+        print(line)
+    for path in write_figure(heat_maps(kept), runs_root().parent / "figures", f"{EXPERIMENT}-{kept.id}"):
+        print(path)
+
+
+class Examined(NamedTuple):
+    """What is scored: where its weights come from, its tokenizer, and in what and on what it runs."""
+
+    origin: Provenance
+    tokenizer: Tokenizer
+    dtype: str
+    device: str
+
+
+def score_run(
+    model: LanguageModel,
+    examined: Examined,
+    spec: Spec,
+    source: Source,
+    measure: Tokenizer,
+    facts: Mapping[str, Any],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Record:
+    """Score the cells that are not yet among the run's metrics and finish its record; a finished one is left as it is.
+
+    Every cell is a line of metrics, written as soon as it is scored, whole or not at all. `measure` is the tokenizer of
+    lengths, `facts` the environment.
+    """
+    label = examined.origin.label
+    asked = {
+        "label": label,
+        "model": examined.origin.identity,
+        "spec": spec.to_dict(),
+        "data": {"origin": source.origin, "digest": source.digest},
+        "tokenizer": examined.tokenizer.name,
+        "length_tokenizer": {"name": measure.name, "fingerprint": measure.fingerprint},
+        "dtype": examined.dtype,
+        "device": examined.device,
+    }
+    run = RunDir(runs_root(), EXPERIMENT, f"{label}-{sha256(canonical_json(asked).encode()).hexdigest()[:8]}")
+    if not run.finished:
+        _score(model.to(DTYPES[examined.dtype]), run, examined, spec, source, measure, asked, facts, batch_tokens)
+    return next(record for record in load_records(experiment=EXPERIMENT) if record.id == run.id)
+
+
+def _score(
+    model: LanguageModel,
+    run: RunDir,
+    examined: Examined,
+    spec: Spec,
+    source: Source,
+    measure: Tokenizer,
+    asked: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    batch_tokens: int,
+) -> None:
+    run.create(asked)
+    run.write_env(facts)
+    run.truncate_metrics(_whole_lines(run.path / METRICS))
+    results = resumed(run.read_metrics())
+
+    def keep(cell: Cell, result: dict[str, Any]) -> None:
+        run.append_metrics({"cell": cell.key} | result)
+
+    results |= evaluate(
+        model,
+        examined.tokenizer,
+        spec,
+        source,
+        length_tokenizer=measure,
+        keep=keep,
+        done=results,
+        batch_tokens=batch_tokens,
+    )
+    run.finish(
+        {
+            "label": examined.origin.label,
+            "corpus": examined.origin.corpus,
+            "tokenizer": examined.tokenizer.name,
+            "budget": examined.origin.budget,
+            "device": examined.device,
+            "commit": facts["commit"],
+            "metrics": summarize(spec, results),
+        }
+    )
+
+
+def _whole_lines(path: Path) -> int:
+    """Bytes up to the end of the last whole line."""
+    return path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0
+
+
+def lines(record: Record) -> list[str]:
+    """A record's scores in words."""
+    metrics, spec = record.metrics, record.recipe["spec"]
+    named = [name for name in (*NAMES, *(name for name in metrics if name.startswith("ancestry"))) if name in metrics]
+    said = [f"{NAMES.get(name, name.replace('_', ' '))}: {metrics[name]:.2f}" for name in named]
+    lengths = (
+        f"{min(spec['lengths']):,} to {max(spec['lengths']):,} tokens of {record.recipe['length_tokenizer']['name']}"
+    )
+    found = [f"{record.id}: {metrics['cells']:,} cells, {lengths}, {', '.join(spec['languages'])}", *said]
+    if impossible := metrics["impossible"]:
+        key, reason = next(iter(impossible.items()))
+        found.append(f"not scored: {len(impossible):,} cells, such as {key} ({reason})")
+    return found
+
+
+def heat_maps(record: Record) -> Panels:
+    """The subtasks and the overall score of one record, length by depth: a figure as 9 to 14."""
+    spec, grids = record.recipe["spec"], record.metrics["grids"]
+    parts = [
+        HeatMap(
+            f"{name}: {record.metrics[task]:.2f}" if task in record.metrics else f"{name}: not scored",
+            LENGTH,
+            DEPTH,
+            spec["lengths"],
+            spec["depths"],
+            list(zip(*grids[task], strict=True)),
+            scores=True,
+        )
+        for task, name in NAMES.items()
+        if task in grids
+    ]
+    measured = f"lengths in tokens of {record.recipe['length_tokenizer']['name']}"
+    return Panels(f"NeedleBench, {record.id} ({record.corpus}, {record.budget_text}; {measured})", parts)
+
+
+def _maps(records: Sequence[Record]) -> list[Record]:
+    """The records of the benchmark that have a grid to draw."""
+    return [record for record in records if record.experiment == EXPERIMENT and record.metrics["grids"]]
+
+
+@FIGURES.register("needlebench")
+def figures_9_to_14(records: Sequence[Record], paper: PaperResults) -> Mapping[str, Drawing]:
+    """Heat maps of every record."""
+    return {record.id: heat_maps(record) for record in _maps(records)}
+
+
+@FIGURES.register("figure05")
+def figure_5(records: Sequence[Record], paper: PaperResults) -> Panels:
+    """The mean over depths against the length: the paper's one model with printed numbers, and each of our records."""
+    printed = paper.figure("05")
+    axes = Axis(LENGTH, "linear", unit=""), Axis(SCORE, "linear")
+    panels = []
+    for task, name in NAMES.items():
+        drawn = []
+        for model in dict.fromkeys(str(row["model"]) for row in printed):
+            rows = [row for row in printed if (row["model"], row["task"]) == (model, task)]
+            points = [(1000 * k, row["score"]) for row in rows if isinstance(k := row["context_k"], int | float)]
+            drawn.append(_line(model, points, "paper", quoted=True))
+        for record in _maps(records):
+            means = by_length(record.metrics["grids"].get(task, []))
+            drawn.append(_line(record.id, list(zip(record.recipe["spec"]["lengths"], means, strict=False)), record.id))
+        panels.append(Figure(name, *axes, [line for line in drawn if line.xs]))
+    return Panels("NeedleBench: mean over depths", panels)
+
+
+def _line(name: str, points: Sequence[tuple[Any, Any]], source: str, *, quoted: bool = False) -> Line:
+    """The points that have a score."""
+    there = [(x, float(y)) for x, y in points if y is not None]
+    return Line(name, [x for x, _ in there], [y for _, y in there], [source] * len(there), quoted)
+
+
+@report("needlebench", experiments=(EXPERIMENT,))
+def needlebench_table(records: Sequence[Record], paper: PaperResults) -> Table:
+    """NeedleBench's subtasks and overall score, of the paper's one model with printed numbers and of ours."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in paper.figure("05"):
+        if row["context_k"] == "mean":
+            rows.setdefault(str(row["model"]), {"model": row["model"]})[str(row["task"])] = row["score"]
+    weights = ", ".join(f"{weight:g} {NAMES[task].lower()}" for task, weight in WEIGHTS.items())
+    return paper_vs_measured(
+        list(rows.values()),
+        records,
+        title="NeedleBench (Figure 5)",
+        metrics=[Metric(NAMES[task], task, task, "higher") for task in (*SUBTASKS, "overall")],
+        caption=f"Means over depths, then lengths. The overall score is {weights}, cell by cell.",
+        notes=[
+            "The paper's grid is 1k to 16k in tokens of gpt-4. Cells that cannot be asked are left out of ours, and "
+            "with them the overall score of such a length and depth."
+        ],
+    )

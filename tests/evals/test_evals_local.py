@@ -1,0 +1,171 @@
+"""Test items in local files: the requests that lm-eval's own task definitions make of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rodimus_lab.errors import UserError
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra eval)")
+
+from evals.lmeval.local import LOCAL, local_file, read_rows
+from evals.lmeval.tasks import SUITES, Tasks
+
+FOUNDRY = {
+    "arc_easy.jsonl": {"query": "Question: What do cats drink?", "choices": ["milk", "sand", "ink"], "gold": 0},
+    "arc_challenge.jsonl": {"query": "Question: Where is up?", "choices": ["down", "above"], "gold": 1},
+    "openbook_qa.jsonl": {"query": "Predators eat", "choices": ["lions", "humans", "bunnies", "grass"], "gold": 2},
+    "piqa.jsonl": {"query": "Question: To cut bread\n", "choices": ["use a knife", "use a spoon"], "gold": 0},
+    "hellaswag.jsonl": {"query": "Bread: A man cuts. He", "choices": ["eats", "flies", "is", "was"], "gold": 0},
+    "winogrande.jsonl": {
+        "context_options": ["Ann asked Bea because Ann", "Ann asked Bea because Bea"],
+        "continuation": "did not know.",
+        "gold": 0,
+    },
+    "lambada_openai.jsonl": {"context": "He looked at the cat, and the cat looked at", "continuation": "him"},
+}
+# Context, continuation and whether it is the right one, as lm-eval asks for them with the Hub's data.
+ASKED = {
+    "arc_easy": [
+        ("Question: What do cats drink?\nAnswer:", f" {word}", word == "milk") for word in ("milk", "sand", "ink")
+    ],
+    "arc_challenge": [
+        ("Question: Where is up?\nAnswer:", " down", False),
+        ("Question: Where is up?\nAnswer:", " above", True),
+    ],
+    "openbookqa": [("Predators eat", f" {w}", w == "bunnies") for w in ("lions", "humans", "bunnies", "grass")],
+    "piqa": [
+        ("Question: To cut bread\nAnswer:", " use a knife", True),
+        ("Question: To cut bread\nAnswer:", " use a spoon", False),
+    ],
+    "hellaswag": [("Bread: A man cuts. He", f" {word}", word == "eats") for word in ("eats", "flies", "is", "was")],
+    "winogrande": [
+        ("Ann asked Bea because Ann", " did not know.", True),
+        ("Ann asked Bea because Bea", " did not know.", False),
+    ],
+    "lambada_openai": [("He looked at the cat, and the cat looked at", " him", True)],
+}
+HUB_ROWS = {
+    "arc_easy": {
+        "question": "What do cats drink?",
+        "choices": {"text": ["milk", "sand", "ink"], "label": ["1", "2", "3"]},
+        "answerKey": "1",
+    },
+    "piqa": {"goal": "To cut bread", "sol1": "use a knife", "sol2": "use a spoon", "label": 0},
+    "winogrande": {
+        "sentence": "Ann asked Bea because _ did not know.",
+        "option1": "Ann",
+        "option2": "Bea",
+        "answer": "1",
+    },
+    "lambada_openai": {"text": "He looked at the cat, and the cat looked at him"},
+    "hellaswag": {
+        "activity_label": "Bread",
+        "ctx_a": "A man cuts.",
+        "ctx_b": "he",
+        "endings": ["eats", "flies", "is", "was"],
+        "label": "0",
+    },
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for file, row in FOUNDRY.items():
+        (tmp_path / file).write_text(json.dumps(row) + "\n\n")
+    return tmp_path
+
+
+def asked_by(task):
+    """The requests; the right one is named by the target, or, where contexts differ, by the text."""
+    task.build_all_requests()
+    doc = task.eval_docs[0]
+    gold = next((said for said in (task.doc_to_text(doc), task.doc_to_target(doc)) if isinstance(said, int)), 0)
+    return [(*instance.args, index == gold) for index, instance in enumerate(task.instances)]
+
+
+def test_requests_are_those_of_the_hubs_rows(folder):
+    """The same from either form; everything but the source of the items is lm-eval's own definition."""
+    tasks = Tasks("downstream", folder)
+    assert set(tasks.names) == set(ASKED)
+    for name, expected in ASKED.items():
+        (task,) = tasks.load(name, None)
+        assert asked_by(task) == expected
+        if name in HUB_ROWS:
+            (folder / LOCAL[name].file).write_text(json.dumps(HUB_ROWS[name]))
+            (task,) = tasks.load(name, None)
+            assert asked_by(task) == expected
+
+
+def test_closed_books(tmp_path):
+    rows = {
+        "nq_open_dev.jsonl": {"question": "who sat on the mat", "answer": ["the cat", "a cat"]},
+        "triviaqa_sm_sub.jsonl": {"context": "Question: Who ran?\nAnswer:", "answer": "Cat", "aliases": ["A cat"]},
+    }
+    for file, row in rows.items():
+        (tmp_path / file).write_text(json.dumps(row))
+    tasks = Tasks("nq_open,triviaqa", tmp_path)
+    asked = {
+        "nq_open": ("Answer these questions:\n\nQ: who sat on the mat?\nA:", "the cat"),
+        "triviaqa": ("Question: Who ran??\nAnswer:", "a cat"),
+    }
+    for name, (prompt, answer) in asked.items():
+        (task,) = tasks.load(name, None)
+        task.build_all_requests()
+        (request,) = task.instances
+        assert request.args[0] == prompt
+        assert task.process_results(task.eval_docs[0], [answer])["exact_match"] == 1
+
+
+def test_every_task_of_a_suite_has_a_file():
+    assert {name for names in SUITES.values() for name in names} <= set(LOCAL)
+
+
+def test_the_source_is_told(folder):
+    source = Tasks("piqa,arc_easy", folder).source
+    assert source["source"] == "local files"
+    assert set(source["files"]) == {"piqa.jsonl", "arc_easy.jsonl"}
+    (folder / "piqa.jsonl").write_text(json.dumps(HUB_ROWS["piqa"]))
+    other = Tasks("piqa,arc_easy", folder).source
+    assert other["files"]["piqa.jsonl"] != source["files"]["piqa.jsonl"]
+    assert other["files"]["arc_easy.jsonl"] == source["files"]["arc_easy.jsonl"]
+    assert Tasks("piqa").source == {"source": "the Hugging Face Hub"}
+
+
+def test_squad_as_published(tmp_path):
+    asked = {"question": "Who?", "answers": [{"text": "Ann", "answer_start": 0}, "Bea", "Ann"]}
+    (tmp_path / "squad_dev_v1.1.json").write_text(
+        json.dumps({"data": [{"paragraphs": [{"context": "Ann and Bea.", "qas": [asked]}]}]})
+    )
+    assert read_rows("recall_squad_questions", tmp_path) == [
+        {"context": "Ann and Bea.", "question": "Who?", "answers": ["Ann", "Bea"]}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("{", ["piqa.jsonl", "cannot be read"]),
+        ("[]", ["line 1 is no JSON object"]),
+        ("", ["holds no items"]),
+        ('{"goal": "a"}\n{"query": "b"}', ["item 2", "choices"]),
+        ('{"query": "b", "choices": ["one"], "gold": 0}', ["item 1", "not one of piqa"]),
+    ],
+)
+def test_a_bad_file(folder, text, names):
+    (folder / "piqa.jsonl").write_text(text)
+    with pytest.raises(UserError) as error:
+        read_rows("piqa", folder)
+    assert all(name in str(error.value) for name in names)
+
+
+def test_a_missing_file_and_a_task_without_one(folder):
+    (folder / "piqa.jsonl").unlink()
+    with pytest.raises(
+        UserError, match=r"piqa\.jsonl is missing, which piqa reads; tasks with their file there: arc_ch"
+    ):
+        local_file("piqa", folder)
+    with pytest.raises(UserError, match="the task 'mmlu' has no local form"):
+        local_file("mmlu", folder)

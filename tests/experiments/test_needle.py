@@ -1,0 +1,103 @@
+"""The recipe `needle`: its form is NeedleBench's, and at the smoke budget a model learns to find what it never saw."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evals.needlebench import Source, Spec
+from evals.needlebench.prompts import Prompts
+from evals.needlebench.source import Needle
+from evals.needlebench.spec import Cell
+from experiments.needle import SHORT_VALUES, needle
+from rodimus_lab.data import prepare
+from rodimus_lab.data.loader import rng
+from rodimus_lab.data.needle import NeedleConfig, NeedleDocuments
+from rodimus_lab.nn.model import LanguageModelConfig
+from rodimus_lab.recipe import Recipe
+from rodimus_lab.records import load_records
+from rodimus_lab.scoring import recall
+from rodimus_lab.train.feed import asked
+
+
+def full(answers_only: bool | None = None) -> Recipe:
+    (recipe,) = needle(budget="short", answers_only=answers_only)
+    return recipe
+
+
+def test_a_recipe_is_read_back_as_it_was() -> None:
+    for recipe in (full(), *needle(budget="smoke")):
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+        assert recipe.to_dict()["data"]["task"] == "needle"
+    assert full() != full(answers_only=True)
+
+
+def test_the_prompt_is_that_of_single_needle_retrieval(places) -> None:
+    """A document, up to its answer, is the prompt that NeedleBench's code makes of the same needle."""
+    prepared = prepare("pydoc", "pydoc-4096", progress=False)
+    data = full().data
+    assert isinstance(data, NeedleConfig)
+    documents = NeedleDocuments(data.replace(corpus="pydoc", tokenizer="pydoc-4096", shortest=400), prepared)
+    ids, at = documents.document(rng(0, 0), "train", 700)
+    prompt = documents.tokenizer.decode(ids[:at])
+    answer = documents.tokenizer.decode(ids[at:])
+    gap = prompt.rpartition("in the format '")[2].removesuffix("'\n\n")
+    question = prompt.rpartition("Now, the question is: ")[2].partition(" Before answering")[0]
+    assert f"\n{answer}\n" in prompt
+    value = answer.removeprefix(gap.partition("________")[0]).strip()
+    hidden = Needle("en", answer, f"{question} Please answer in the format '{gap}'", value, "")
+    before, _, rest = prompt.partition(f"\n{answer}\n")
+    haystack = before.partition("by the user is ")[2] + rest.partition("\n\nNow, the question is: ")[0]
+    length = len(documents.tokenizer.encode(haystack)) + len(documents.tokenizer.encode(f"\n{answer}\n"))
+    spec = Spec(lengths=(length,), buffer=0, repeats=1, length_tokenizer="model")
+    example = Prompts(spec, Source({"en": [haystack]}, [hidden]), documents.tokenizer).examples(
+        Cell("single_retrieval", "en", length, 1, 0)
+    )[0]
+    start, end = example.prompt.split(f"\n{answer}\n")
+    assert prompt.startswith(start)
+    assert prompt.endswith(end[len(haystack) :])
+
+
+def test_no_needle_is_one_of_needlebench() -> None:
+    data = full().data
+    assert isinstance(data, NeedleConfig)
+    texts = " ".join(relation.needle for relation in data.relations)
+    assert "The first band" not in texts
+    assert len(data.all_values) * len(data.keys) > 100_000
+
+
+def test_held_out_answers_are_counted_whole() -> None:
+    """Of four rows with two-token answers: right, half right, wrong, and one that asks nothing."""
+
+    class Reciting(torch.nn.Module):
+        """Its logits are its own inputs: the likeliest next token is the current one."""
+
+        def hidden(self, ids_BT):
+            return torch.nn.functional.one_hot(ids_BT, 9).float(), None
+
+        def logits(self, x_BTD):
+            return x_BTD * 50
+
+    inputs_BT = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3], [1, 2, 3]])
+    targets_BT = torch.tensor([[-100, 2, 3], [-100, 2, 4], [-100, 8, 4], [-100, -100, -100]])
+    counts = recall(Reciting(), [asked(inputs_BT, targets_BT)], torch.device("cpu"))  # type: ignore[arg-type]
+    nats, tokens, right, rows, whole = counts.tolist()
+    assert (tokens, right, rows, whole) == (6, 3, 3, 1)
+    assert nats == pytest.approx(150, rel=1e-3)
+
+
+def test_the_model_learns_to_find_held_out_needles(cli, places) -> None:
+    result = cli("needle", "--budget", "smoke", "--device", "cpu")
+    assert result.code == 0, result.err
+    (record,) = load_records(experiment="needle")
+    assert record.metrics["test_accuracy"] > 3 / len(SHORT_VALUES)
+    assert record.metrics["test_ppl"] < len(SHORT_VALUES)
+    assert "needle.md" in result.out
+    assert isinstance(Recipe.from_dict(record.recipe).model, LanguageModelConfig)
+
+
+def test_bad_options(cli, places) -> None:
+    result = cli("needle", "--model", "bert")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "no model named 'bert'" in result.err
+    assert "--steps" in cli("needle", "--steps", "0").err
