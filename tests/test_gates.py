@@ -65,7 +65,7 @@ def test_from_the_command_line(cli, smoke_run, tmp_path) -> None:
     result = cli("gates", smoke_run.id, "--text", text, "--layer", 2, "--out", tmp_path / "maps")
     assert (result.code, result.err) == (0, "")
     files = {path.suffix: path for path in (tmp_path / "maps").iterdir()}
-    assert set(files) == {".svg", ".png", ".csv"}
+    assert set(files) == {".svg", ".pdf", ".png", ".csv"}
     rows = list(csv.DictReader(files[".csv"].read_text().splitlines()))
     names = dict.fromkeys((int(row["column"]), row["token"]) for row in rows)
     assert "".join(name for _, name in names) == text

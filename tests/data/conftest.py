@@ -27,13 +27,19 @@ def own_folders(tmp_path, monkeypatch):
 GENUINE = Path(os.environ.get("RODIMUS_LAB_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 
 
-@pytest.fixture
-def genuine_data(monkeypatch):
-    """The folder of genuine corpora and tokenizers, as the data root."""
+@pytest.fixture(scope="session")
+def genuine_folder():
+    """The folder of genuine corpora and tokenizers."""
     if not (GENUINE / "tokenizers/gpt2").is_dir():
         pytest.skip("the genuine data are not here")
-    monkeypatch.setenv("RODIMUS_LAB_DATA", str(GENUINE))
     return GENUINE
+
+
+@pytest.fixture
+def genuine_data(genuine_folder, monkeypatch):
+    """The same, as the data root."""
+    monkeypatch.setenv("RODIMUS_LAB_DATA", str(genuine_folder))
+    return genuine_folder
 
 
 @pytest.fixture

@@ -52,13 +52,9 @@ def test_genuine_tokenizers_encode_in_pieces_as_in_whole(genuine_tokenizers, tex
 
 
 @pytest.fixture(scope="session")
-def genuine_tokenizers():
-    from conftest import GENUINE
-
-    if not (GENUINE / "tokenizers/gpt2").is_dir():
-        pytest.skip("the genuine tokenizers are not here")
+def genuine_tokenizers(genuine_folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RODIMUS_LAB_DATA", str(GENUINE))
+        patch.setenv("RODIMUS_LAB_DATA", str(genuine_folder))
         loaded = [load_tokenizer(name) for name in ("gpt2", "gpt-neox")]
     assert all(tokenizer.cuts_at_spaces for tokenizer in loaded)
     return [(tokenizer, Encoder(tokenizer)) for tokenizer in loaded]

@@ -233,7 +233,7 @@ def test_the_command(cli, smoke_run, tmp_path) -> None:
     assert 0 <= record.metrics["ancestry_en_circular"] <= record.metrics["ancestry_en"] <= 100
     assert "overall" not in record.metrics
     assert f"{record.id}: 20 cells, 200 to 200 tokens of pydoc-4096, en" in result.out
-    assert {path.suffix for path in (smoke_run.root / "figures").iterdir()} == {".svg", ".png", ".csv"}
+    assert {path.suffix for path in (smoke_run.root / "figures").iterdir()} == {".svg", ".pdf", ".png", ".csv"}
     assert cli(*arguments).out == result.out
     assert len(load_records(experiment="needlebench")) == 1
 
