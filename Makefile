@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LAB := $(BIN)/rodimus-lab
-EXTRAS := data,kernels,train,figures,hf,eval,sweep,dev
+EXTRAS := data,kernels,train,figures,hf,eval,posttrain,sweep,dev
 MODEL ?= rodimus
 MODELS ?= rodimus transformer++
 MQAR_FLAGS := $(if $(filter-out file,$(origin MODEL)),--model $(MODEL)) $(if $(FIGURE),--figure $(FIGURE)) $(if $(LENGTH),--length $(LENGTH)) $(if $(WIDTH),--width $(WIDTH)) $(if $(LR),--lr $(LR)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(SEED),--seed $(SEED))
@@ -23,6 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@$(BIN)/python -m evals.announce >/dev/null
 	@touch $@
 
 test: setup ## run every test on as many cores as there are, at most 8 (those that need a GPU are skipped without one) [JOBS]

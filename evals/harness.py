@@ -35,6 +35,10 @@ def evaluate_models(
         ),
     ] = "downstream",
     open_models: Annotated[bool, typer.Option("--open-models", help="The open models of Table 2 as well.")] = False,
+    fresh_weights: Annotated[
+        bool,
+        typer.Option("--fresh-weights", help="Beside each of our models the same one untrained: what chance scores."),
+    ] = False,
     data_dir: Annotated[
         Path | None, typer.Option(help="Read the test items from files in this folder. Default: from the Hub.")
     ] = None,
@@ -84,14 +88,16 @@ def evaluate_models(
     tasks = Tasks(suite, data_dir, recall, code=code, allow_code=allow_code_execution, shots=shots, chat=chat)
     options = LoadOptions(device, dtype, batch_size, max_length, trust_remote_code)
     failed = 0
-    for name in names:
+    asked = [(name, fresh) for name in names for fresh in ((False, True) if fresh_weights else (False,))]
+    for name, fresh in asked:
         try:
-            run = evaluate(find_subject(name, options), tasks, options, limit)
-            print(f"{name}: kept as {run.experiment}/{run.id}; rodimus-lab report rebuilds the tables")
+            run = evaluate(find_subject(name, options, fresh=fresh), tasks, options, limit)
+            said = f"{name}{', untrained' if fresh else ''}"
+            print(f"{said}: kept as {run.experiment}/{run.id}; rodimus-lab report rebuilds the tables")
         except UserError as error:
-            if len(names) == 1:
+            if len(asked) == 1:
                 raise
             failed += 1
             print(f"{name}: {error}", file=sys.stderr)
     if failed:
-        raise UserError(f"{failed} of {len(names)} models could not be evaluated, as said above")
+        raise UserError(f"{failed} of {len(asked)} models could not be evaluated, as said above")

@@ -38,7 +38,7 @@ PACKAGES = (
     "ray",
 )
 # What stands for the corpus of a model that others trained, and of one in a folder that does not tell its training.
-PUBLISHED, FROM_FOLDER = "published weights", "weights from a folder"
+PUBLISHED, FROM_FOLDER, UNTRAINED = "published weights", "weights from a folder", "no corpus"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 RECIPE, ENV, METRICS, RECORD = "recipe.json", "env.json", "metrics.jsonl", "record.json"

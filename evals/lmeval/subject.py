@@ -9,16 +9,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 import transformers
 from lm_eval.api.model import TemplateLM
 
-from rodimus_lab.convert import find_directory, layout_of, open_directory
+from rodimus_lab.convert import Checkpoint, find_directory, layout_of, open_directory
 from rodimus_lab.convert.directory import CONFIG
 from rodimus_lab.convert.provenance import Provenance, label_of, of_folder, provenance
 from rodimus_lab.convert.tensors import read_json
 from rodimus_lab.device import device_type
 from rodimus_lab.errors import UserError
-from rodimus_lab.records import PUBLISHED
+from rodimus_lab.records import PUBLISHED, UNTRAINED
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Of these a prompt's left padding is masked out; the states of recurrent models may take it in.
@@ -51,15 +52,23 @@ class Subject(NamedTuple):
     load: Callable[[], TemplateLM]
 
 
-def find_subject(name: str, options: LoadOptions) -> Subject:
-    """The model of a run id, `experiment/id`, directory or Hub name. Raises `UserError` where there is none."""
+def find_subject(name: str, options: LoadOptions, *, fresh: bool = False) -> Subject:
+    """The model of a run id, `experiment/id`, directory or Hub name; `fresh`, the same with weights drawn from seed 0.
+
+    Raises `UserError` where there is none.
+    """
     try:
         directory = find_directory(name)
+        ours = _is_ours(directory)
     except UserError:
         if not HUB_NAME.fullmatch(name) or Path(name).exists():
             raise
-        return _transformers_model(name, options)
-    return _own_model(directory, options) if _is_ours(directory) else _transformers_model(name, options)
+        ours = False
+    if ours:
+        return _own_model(directory, options, fresh)
+    if fresh:
+        raise UserError(f"fresh weights are drawn for models of this project, which {name} is not; leave it out")
+    return _transformers_model(name, options)
 
 
 def _is_ours(directory: Path) -> bool:
@@ -71,8 +80,11 @@ def _is_ours(directory: Path) -> bool:
     return layout != "fla" or read_json(directory / CONFIG)["model_type"] not in SHARED
 
 
-def _own_model(directory: Path, options: LoadOptions) -> Subject:
+def _own_model(directory: Path, options: LoadOptions, fresh: bool) -> Subject:
     checkpoint = open_directory(directory)
+    origin = provenance(checkpoint)
+    if fresh:
+        checkpoint, origin = _drawn(checkpoint, origin)
     tokenizer, recipe = checkpoint.tokenizer(), checkpoint.recipe
 
     def load() -> TemplateLM:
@@ -88,9 +100,18 @@ def _own_model(directory: Path, options: LoadOptions) -> Subject:
         )
 
     facts: dict[str, float] = {"params": checkpoint.config.num_params()}
-    if recipe is not None:
+    if recipe is not None and not fresh:
         facts["trained_tokens"] = recipe.budget.steps * recipe.budget.batch_size * recipe.data.seq_len
-    return _subject(provenance(checkpoint), load, tokenizer.name, facts)
+    return _subject(origin, load, tokenizer.name, facts)
+
+
+def _drawn(checkpoint: Checkpoint, origin: Provenance) -> tuple[Checkpoint, Provenance]:
+    """The same model before any training: what chance scores on the same items."""
+    torch.manual_seed(0)
+    tensors = checkpoint.config.build().state_dict()
+    identity = {"source": "fresh weights, seed 0", "name": origin.identity["name"]}
+    budget = {"name": "untrained", "steps": 0}
+    return checkpoint._replace(tensors=tensors), Provenance(origin.label, identity, UNTRAINED, budget)
 
 
 def _subject(

@@ -174,6 +174,37 @@ class TestWithLmEval:
         ):
             assert any(line.startswith(said) for line in done.stderr.splitlines()), done.stderr
 
+    def test_beside_fresh_weights(self, cli, smoke_run, folder):
+        result = cli(
+            "eval", smoke_run.id, "--fresh-weights", "--suite", "piqa", "--data-dir", folder, "--device", "cpu"
+        )
+        assert result.code == 0, result.err
+        trained, drawn = sorted(load_records(experiment="eval"), key=lambda record: -record.budget["steps"])[:2]
+        assert drawn.budget == {"name": "untrained", "steps": 0} | {"scored": drawn.budget["scored"]}
+        assert drawn.corpus == "no corpus"
+        assert drawn.label == trained.label
+        assert "trained_tokens" in trained.metrics
+        assert "trained_tokens" not in drawn.metrics
+
+    def test_lm_eval_is_told_of_the_model(self, tmp_path):
+        """In a new process that reads the `.pth` file, lm-eval knows the name."""
+        from evals.announce import announce
+
+        announce(tmp_path)
+        code = (
+            f"import site; site.addsitedir({str(tmp_path)!r}); import lm_eval.models; "
+            "from lm_eval.api.registry import get_model; print(get_model('rodimus-lab').__module__)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"],
+            capture_output=True,
+            text=True,
+            cwd=PROJECT_ROOT,
+            timeout=200,
+            check=False,
+        )
+        assert done.stdout.split() == ["evals.lmeval.adapter"], done.stderr
+
     def test_lm_evals_own_command_line(self, smoke_run, tmp_path, monkeypatch):
         """A task of one's own in a YAML file, and the model by its name."""
         import lm_eval.tasks

@@ -127,3 +127,8 @@ def test_a_folder_that_transformers_cannot_read(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(UserError, match="is no run of this project, and transformers cannot read it"):
         find_subject(str(tmp_path), LoadOptions())
+
+
+def test_fresh_weights_are_of_our_models():
+    with pytest.raises(UserError, match="nobody/nothing is not"):
+        find_subject("nobody/nothing", LoadOptions(), fresh=True)

@@ -211,7 +211,7 @@ def test_loss_with_padding_on_either_side_and_packed():
         ({"output_hidden_states": True}, "output_hidden_states"),
         ({"inputs_embeds": torch.zeros(1, 3, 64)}, "inputs_embeds"),
     ],
-    ids=str,
+    ids=["padding inside", "mask of another shape", "padding to the right", "cache", "hidden states", "embeddings"],
 )
 def test_what_is_refused(options, named):
     with pytest.raises(UserError, match=named):
