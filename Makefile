@@ -10,7 +10,7 @@ MQAR_FLAGS := $(if $(filter-out file,$(origin MODEL)),--model $(MODEL)) $(if $(F
 RUN_FLAGS := $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-gpu lint wikitext103 ablate memory-ppl gates mqar needle needlebench sweep tables figures zoo bench doctor clean
+.PHONY: help setup setup-opencompass test test-gpu lint wikitext103 ablate memory-ppl gates mqar needle needlebench sweep tables figures zoo bench doctor clean
 
 help: ## list the targets
 	@echo "Targets (options in capitals, such as MODEL=rodimus BUDGET=short CORPUS=enwiki-25k):"
@@ -25,6 +25,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@$(BIN)/python -m evals.announce >/dev/null
 	@touch $@
+
+setup-opencompass: ## make .venv-opencompass, in which OpenCompass runs this project's models
+	$(PYTHON) -m venv .venv-opencompass
+	.venv-opencompass/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 opencompass==0.5.4 pyarrow==23.0.0
+	.venv-opencompass/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 
 test: setup ## run every test on as many cores as there are, at most 8 (those that need a GPU are skipped without one) [JOBS]
 	$(BIN)/python -m pytest --numprocesses $(or $(JOBS),$$($(BIN)/python -c 'import os; print(min(8, os.cpu_count() or 1))')) --dist worksteal
