@@ -10,7 +10,7 @@ MQAR_FLAGS := $(if $(filter-out file,$(origin MODEL)),--model $(MODEL)) $(if $(F
 RUN_FLAGS := $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-opencompass test test-gpu lint wikitext103 ablate memory-ppl gates mqar needle needlebench sweep tables figures zoo bench doctor clean
+.PHONY: help setup setup-opencompass test test-gpu lint wikitext103 ablate memory-ppl gates mqar needle needlebench sweep tables figures site zoo reproducing bench doctor clean
 
 help: ## list the targets
 	@echo "Targets (options in capitals, such as MODEL=rodimus BUDGET=short CORPUS=enwiki-25k):"
@@ -67,13 +67,19 @@ needlebench: setup ## score a trained RUN on NeedleBench and draw its heat maps 
 	$(LAB) needlebench $(RUN) $(if $(PRESET),--preset $(PRESET))
 
 tables: setup ## rebuild every table from the run records
+	$(LAB) report --no-site
+
+site: setup ## the same, and the pages in results/site that show everything
 	$(LAB) report
 
-figures: setup ## redraw every figure as SVG and PNG, its numbers beside it
+figures: setup ## redraw every figure as SVG, PDF and PNG, its numbers beside it
 	$(BIN)/python -c 'from rodimus_lab.report import write_figures; write_figures()'
 
 zoo: setup ## rewrite docs/zoo.md: Table 4 and the rest of the zoo, from the code
 	$(BIN)/python -c 'from experiments.zoo import write_page; write_page()'
+
+reproducing: setup ## rewrite docs/reproducing.md: runs, GPU-hours and the command of every table and figure
+	$(BIN)/python -c 'from experiments.reproducing import write_page; write_page()'
 
 bench: setup ## measure this machine: data, loss, operators, training, decoding, beside the peers that are installed
 	$(LAB) bench data

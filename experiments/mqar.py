@@ -20,7 +20,7 @@ from rodimus_lab.nn.zoo import MODELS, Size, model_config, slug
 from rodimus_lab.recipe import BudgetConfig, OptimizerConfig, Recipe, ScheduleConfig
 from rodimus_lab.records import Record, load_records
 from rodimus_lab.report import FIGURES, NOT_RUN, Axis, Cell, Column, Figure, Line, PaperResults, Table
-from rodimus_lab.report.recall import EXPANSION_FIELDS, METRIC, Best, best_points, too_close
+from rodimus_lab.report.recall import EXPANSION_FIELDS, METRIC, Best, best_points, spread_over_seeds, too_close
 
 LAYERS = 2
 SEED = 123  # Zoology's
@@ -291,7 +291,8 @@ def _figure(
         if run:
             best = [points[name, x] for x in run]
             sources = [f"{'; '.join(run.id for run in b.runs)} at rate {b.lr:g}" for b in best]
-            lines.append(Line(name, run, [b.accuracy for b in best], sources=sources))
+            stds = [spread_over_seeds(b.runs) for b in best]
+            lines.append(Line(name, run, [b.accuracy for b in best], sources=sources, stds=stds))
     return Figure(title, Axis(x_label, "log2"), Axis("Accuracy", "share"), lines, missing)
 
 

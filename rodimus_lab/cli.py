@@ -17,7 +17,6 @@ from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
-from rich.console import Console
 
 from rodimus_lab.bench import app as bench_app
 from rodimus_lab.checkpoint_commands import DeviceName, chat, convert, generate
@@ -26,13 +25,15 @@ from rodimus_lab.config import did_you_mean
 from rodimus_lab.data import describe, list_corpora, padded_vocab_size, prepare
 from rodimus_lab.doctor import examine
 from rodimus_lab.errors import RunsFailed, UserError
-from rodimus_lab.experiment import EXPERIMENTS, REPORTS, Experiment, choose_budget
+from rodimus_lab.experiment import EXPERIMENTS, Experiment, choose_budget
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config
 from rodimus_lab.plan import show_plan
 from rodimus_lab.recipe import Recipe
-from rodimus_lab.records import PROJECT_ROOT, load_records, load_unfinished, tables_root
+from rodimus_lab.records import load_records
 from rodimus_lab.registry import load_plugins
-from rodimus_lab.report import PaperResults, runs_json, runs_table, to_markdown, write
+from rodimus_lab.report_commands import report, write_report
+from rodimus_lab.runs_commands import app as runs_app
+from rodimus_lab.terminal import console
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,7 +44,6 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Corpora, tokenizers and token shards.")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
-console = Console(highlight=False, markup=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -256,23 +256,6 @@ def run_all(recipes: Sequence[Recipe], options: dict[str, Any]) -> str | None:
     return campaign.run_all(recipes, training, spread, console)
 
 
-def write_report(name: str, *, show: bool) -> None:
-    """Build a report from all records, write it beside the runs and say where; print it as well if asked to."""
-    report = REPORTS[name]
-    if console.quiet:  # Another rank writes it.
-        return
-    records = [record for experiment in report.experiments for record in load_records(experiment=experiment)]
-    table = report.make(records, PaperResults())
-    paths = write(table, tables_root(), name)
-    if show:
-        console.print(to_markdown(table))
-    console.print(f"written: {', '.join(map(_shown, paths))}")
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
-
-
 def _train(recipes: list[Path], **options: Any) -> None:
     """Train the recipes in files, such as finished runs' recipe.json."""
     if failed := run_all([Recipe.read(path) for path in recipes], options):
@@ -287,24 +270,8 @@ _argument = inspect.Parameter(
 app.command("train", rich_help_panel="Experiments")(_with_run_options(_train, [_argument]))
 
 
-@app.command(rich_help_panel="Results")
-def report(
-    names: Annotated[list[str] | None, typer.Argument(help="Such as table1. Default: all.")] = None,
-) -> None:
-    """Rebuild tables from the run records, the paper's numbers beside ours."""
-    chosen = [REPORTS.canonical(name) for name in names or REPORTS]
-    for name in chosen:
-        write_report(name, show=True)
-
-
-@app.command(rich_help_panel="Results")
-def runs(as_json: AsJson = False) -> None:
-    """List the runs on disk."""
-    records, unfinished = load_records(), load_unfinished()
-    if as_json:
-        print(json.dumps(runs_json(records, unfinished), indent=1))
-    else:
-        console.print(runs_table(records, unfinished))
+app.command(rich_help_panel="Results")(report)
+app.add_typer(runs_app, name="runs", rich_help_panel="Results")
 
 
 @app.command(rich_help_panel="Models")

@@ -84,24 +84,29 @@ def show_plan(recipes: Iterable[Recipe], records: Sequence[Record], console: Con
     )
 
 
-def plan_table(planned: Iterable[Planned]) -> Table:
-    """For a terminal; the changes are those from the base."""
-    table = Table(box=box.SIMPLE)
+def plan_table(planned: Sequence[Planned]) -> Table:
+    """For a terminal; the changes are those from the base. What all runs have in common stands above."""
+    budgets = [one.recipe.budget for one in planned]
+    facts = {
+        "corpus": [one.recipe.data.corpus for one in planned],
+        "budget": [f"{budget.name}, {budget.steps:,} steps" for budget in budgets],
+        "change": [_said(one.facts["changes"]) for one in planned],
+    }
+    common = [values[0] for name, values in facts.items() if name != "change" and len(set(values)) == 1]
+    table = Table(box=box.SIMPLE, title=", ".join(common) or None, title_justify="left", pad_edge=False)
     table.add_column("run", no_wrap=True)
-    for name in ("corpus", "budget", "change"):
-        table.add_column(name, overflow="fold")
-    for name in ("params", "GPU time"):
+    told = [name for name, values in facts.items() if len(set(values)) > 1]
+    for name in told:
+        table.add_column(name, overflow="fold", min_width=12)
+    for name in ("params", "GPU h"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for one in planned:
-        budget, changes = one.recipe.budget, one.facts["changes"]
+    for index, one in enumerate(planned):
         table.add_row(
             one.recipe.id,
-            one.recipe.data.corpus,
-            f"{budget.name}, {budget.steps:,} steps",
-            _said(changes),
+            *(facts[name][index] for name in told),
             f"{one.params:,}",
-            "not measured" if one.hours is None else f"{one.hours:.2f} h",
+            "-" if one.hours is None else f"{one.hours:.2f}",
             one.state,
         )
     return table

@@ -42,6 +42,7 @@ PUBLISHED, FROM_FOLDER, UNTRAINED = "published weights", "weights from a folder"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 RECIPE, ENV, METRICS, RECORD = "recipe.json", "env.json", "metrics.jsonl", "record.json"
+SAMPLES = "samples.jsonl"  # Prompts and what the run made of them, where any were kept.
 
 
 def runs_root() -> Path:
@@ -60,13 +61,14 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` whole or not at all, making the folder it lies in. Raises `UserError` where the disk refuses."""
+def write_atomic(path: Path, text: str | bytes) -> None:
+    """Write `text` (as UTF-8) or bytes whole or not at all, making the folder it lies in. Raises `UserError` where the
+    disk refuses."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(text.encode() if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -19,6 +19,7 @@ from rodimus_lab.data import train_bpe
 from rodimus_lab.experiment import EXPERIMENTS, REPORTS
 from rodimus_lab.nn.zoo import MODELS, SIZES
 from rodimus_lab.records import PROJECT_ROOT, load_records
+from rodimus_lab.report import PaperResults, quoted_tables
 
 COMMANDS = [
     [],
@@ -32,6 +33,9 @@ COMMANDS = [
     ["train"],
     ["report"],
     ["runs"],
+    ["runs", "compare"],
+    ["runs", "export"],
+    ["runs", "prune"],
     ["params"],
     ["doctor"],
     ["generate"],
@@ -132,8 +136,12 @@ def test_reports_are_written_beside_the_runs(cli, smoke_run):
 
 
 def test_report_takes_all_by_default(cli, places):
-    assert cli("report").code == 0
-    assert {path.stem for path in (places / "tables").iterdir()} == set(REPORTS)
+    assert cli("report", "--no-site").code == 0
+    assert {path.stem for path in (places / "tables").iterdir()} == {
+        *REPORTS,
+        *quoted_tables(list(REPORTS), PaperResults()),
+    }
+    assert not (places / "site").exists()
 
 
 def test_data_list(cli, places):

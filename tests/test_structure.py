@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rodimus_lab", "baselines", "evals", "experiments")
 FLOORS = {
-    1: {"errors", "config", "registry", "device", "ops"},
+    1: {"errors", "config", "registry", "device", "terminal", "ops"},
     2: {"nn", "data", "records"},
     3: {
         "baselines",
@@ -27,9 +27,10 @@ FLOORS = {
         "convert",
         "hf",
         "report",
+        "results",
     },
-    4: {"experiment", "command", "settings", "variant", "plan", "evals", "doctor"},
-    5: {"experiments", "train", "sweep", "bench", "checkpoint_commands"},
+    4: {"experiment", "command", "settings", "variant", "plan", "run_models", "evals", "doctor"},
+    5: {"experiments", "train", "sweep", "bench", "site", "checkpoint_commands", "report_commands", "runs_commands"},
     6: {"cli"},
 }
 LONGEST_FILE = 450

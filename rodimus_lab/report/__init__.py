@@ -1,5 +1,6 @@
 """Reports: tables and figures made of run records and of the paper's numbers. Needs neither torch nor a GPU."""
 
+from rodimus_lab.report.artefacts import quoted_tables
 from rodimus_lab.report.comparison import NOT_RUN, Metric, paper_vs_measured
 from rodimus_lab.report.figure import (
     FIGURES,
@@ -36,6 +37,7 @@ __all__ = [
     "Table",
     "paper_table",
     "paper_vs_measured",
+    "quoted_tables",
     "runs_json",
     "runs_table",
     "to_csv",

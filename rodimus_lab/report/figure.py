@@ -1,5 +1,5 @@
-"""Figures: named lines, heat maps, or panels of both, drawn as SVG and PNG with their numbers beside them as CSV, byte
-for byte reproducible.
+"""Figures: named lines, heat maps, or panels of both, drawn as SVG, PDF and PNG with their numbers beside them as
+CSV, byte for byte reproducible.
 
 A function that makes one is registered under its name, `@FIGURES.register("state_bytes")`; one that makes several, such
 as one a run, gives them by what follows that name. A model has the same colour and marker in every figure.
@@ -46,19 +46,26 @@ HOUSE = {
     "lines.markersize": 4.5,
     "savefig.dpi": 150,
 }
+# What the files would else say of when and by which version they were drawn.
+UNDATED = {
+    "svg": {"Date": None, "Creator": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    "png": {"Software": None},
+}
 LABEL_GAP = 0.042  # between the names at the right, as a part of the height
 
 
 @dataclass(frozen=True)
 class Line:
     """The points of one model. `sources` say point by point where each is from; `quoted` ones are the paper's, drawn
-    pale and behind ours."""
+    pale and behind ours. `stds` are the standard deviations over seeds, 0 where there is one seed, drawn as a band."""
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
     sources: Sequence[str] = ()
     quoted: bool = False
+    stds: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,9 @@ class Figure:
         for line in self.lines:
             pale: dict[str, Any] = {"alpha": 0.4, "linestyle": "--", "zorder": 1.9} if line.quoted else {}
             axes.plot(line.xs, line.ys, **style_of(line.name), **pale, clip_on=False)
+            if any(line.stds):
+                low, high = ([y + sign * std for y, std in zip(line.ys, line.stds, strict=True)] for sign in (-1, 1))
+                axes.fill_between(line.xs, low, high, color=style_of(line.name)["color"], alpha=0.15, linewidth=0)
         if self.missing:
             axes.set_xlim(xs[0], xs[-1])
         for axis, ticks, set_limits in ((self.x, axes.xaxis, axes.set_xlim), (self.y, axes.yaxis, axes.set_ylim)):
@@ -177,14 +187,13 @@ def by_name(name: str, made: Drawing | Mapping[str, Drawing]) -> dict[str, Drawi
 
 
 def write_figure(figure: Drawing, out_dir: Path | str, name: str) -> list[Path]:
-    """Write `name.svg`, `name.png` and `name.csv` into `out_dir`; returns their paths."""
+    """Write `name.svg`, `name.pdf`, `name.png` and `name.csv` into `out_dir`; returns their paths."""
     check_name(name)
-    svg, png, numbers = (Path(out_dir) / f"{name}.{suffix}" for suffix in ("svg", "png", "csv"))
-    drawn = draw(figure, name)
-    write_atomic(numbers, figure_csv(figure))
-    write_atomic(svg, drawn["svg"].decode())
-    png.write_bytes(drawn["png"])
-    return [svg, png, numbers]
+    drawn = draw(figure, name) | {"csv": figure_csv(figure).encode()}
+    paths = [Path(out_dir) / f"{name}.{suffix}" for suffix in drawn]
+    for path, content in zip(paths, drawn.values(), strict=True):
+        write_atomic(path, content)
+    return paths
 
 
 def figure_csv(figure: Drawing) -> str:
@@ -195,7 +204,7 @@ def figure_csv(figure: Drawing) -> str:
 
 
 def draw(figure: Drawing, salt: str) -> dict[str, bytes]:
-    """The figure as SVG and PNG. Raises `UserError` where matplotlib is not installed."""
+    """The figure as SVG, PDF and PNG. Raises `UserError` where matplotlib is not installed."""
     try:
         from matplotlib import style
         from matplotlib.figure import Figure as Canvas
@@ -205,7 +214,7 @@ def draw(figure: Drawing, salt: str) -> dict[str, bytes]:
     with style.context(["default", HOUSE | {"svg.hashsalt": salt}]):
         canvas = Canvas(figsize=figure.size, layout="constrained")
         figure.paint(canvas)
-        for suffix, metadata in {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}.items():
+        for suffix, metadata in UNDATED.items():
             file = io.BytesIO()
             canvas.savefig(file, format=suffix, metadata=metadata)
             files[suffix] = file.getvalue()

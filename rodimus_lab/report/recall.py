@@ -50,6 +50,11 @@ def mean_accuracy(runs: Sequence[Record]) -> float:
     return statistics.fmean(run.metrics[METRIC] for run in runs)
 
 
+def spread_over_seeds(runs: Sequence[Record]) -> float:
+    """The standard deviation of the accuracy; 0 of a single run."""
+    return statistics.stdev(run.metrics[METRIC] for run in runs) if len(runs) > 1 else 0.0
+
+
 def best_points(records: Iterable[Record]) -> dict[str, list[Best]]:
     """Points by budget in words, such as `paper budget, 64 epochs, fp32`; runs of mixtures of shapes are no points.
 

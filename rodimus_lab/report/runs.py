@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -35,13 +35,20 @@ def runs_json(records: Iterable[Record], unfinished: Iterable[UnfinishedRun] = (
     return done + [_unfinished(run) for run in unfinished]
 
 
-def runs_table(records: Iterable[Record], unfinished: Iterable[UnfinishedRun] = ()) -> RichTable:
-    """The same for a terminal, in short; a section for each experiment."""
+def runs_table(
+    records: Iterable[Record],
+    unfinished: Iterable[UnfinishedRun] = (),
+    extra: Mapping[str, Mapping[str, str]] | None = None,
+) -> RichTable:
+    """The same for a terminal, in short; a section for each experiment. `extra` are further columns: heading ->
+    `experiment/id` -> text."""
     table = RichTable(box=box.SIMPLE)
     table.add_column("run", no_wrap=True)
     for name in ("corpus", "budget", "device"):
         table.add_column(name, overflow="fold")
     table.add_column("test ppl", justify="right")
+    for name in extra or {}:
+        table.add_column(name, overflow="fold")
     table.add_column("finished", no_wrap=True)
     runs = runs_json(records, unfinished)
     for run, following in zip_longest(runs, runs[1:]):
@@ -49,9 +56,9 @@ def runs_table(records: Iterable[Record], unfinished: Iterable[UnfinishedRun] = 
         ppl = MISSING if run["test_ppl"] is None else f"{run['test_ppl']:.2f}"
         budget = f"{run['budget'].partition(' ')[0]}, {run['steps']:,}" if run["steps"] else MISSING
         ends = following is not None and following["experiment"] != run["experiment"]
-        table.add_row(
-            run["id"], run["corpus"] or MISSING, budget, run["device"] or MISSING, ppl, done, end_section=ends
-        )
+        more = [texts.get(f"{run['experiment']}/{run['id']}", MISSING) for texts in (extra or {}).values()]
+        cells = [run["id"], run["corpus"] or MISSING, budget, run["device"] or MISSING, ppl, *more, done]
+        table.add_row(*cells, end_section=ends)
     return table
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rodimus_lab.nn.zoo import MODELS
 from rodimus_lab.records import PROJECT_ROOT, load_records
 from rodimus_lab.registry import load_plugins
 from rodimus_lab.report import FIGURES, Axis, Figure, HeatMap, Line, Panels, PaperResults, write_figure
@@ -20,9 +22,10 @@ def test_the_same_figure_is_the_same_files(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     first = write_figure(FIGURE, tmp_path / "first", "state")
     again = write_figure(FIGURE, tmp_path / "again", "state")
-    assert [path.suffix for path in first] == [".svg", ".png", ".csv"]
+    assert [path.suffix for path in first] == [".svg", ".pdf", ".png", ".csv"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
     assert b"<dc:date>" not in first[0].read_bytes()
+    assert b"Date" not in first[1].read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -56,6 +59,22 @@ def test_numbers_stand_beside_it() -> None:
     ]
 
 
+def test_every_model_has_a_style_of_its_own() -> None:
+    load_plugins()
+    styles = {name: (style_of(name)["color"], style_of(name)["marker"]) for name in MODELS}
+    assert len(set(styles.values())) == len(styles)
+
+
+def test_seeds_are_drawn_as_a_band(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    drawn = []
+    for stds in ((0, 0), (0, 0.1)):
+        figure = replace(FIGURE, lines=[Line("rodimus", (512, 1024), (5, 5), stds=stds)])
+        drawn.append(write_figure(figure, tmp_path, "state")[0].read_text())
+    without, with_band = drawn
+    assert ("FillBetween" in without, "FillBetween" in with_band) == (False, True)
+
+
 def test_a_style_is_of_the_name_alone_and_of_one_model() -> None:
     names = [name for family in FAMILIES.values() for name in family]
     styles = {(style["color"], style["marker"]) for style in map(style_of, names)}
@@ -85,6 +104,7 @@ def test_the_committed_numbers_are_those_of_the_code() -> None:
         assert (COMMITTED / f"{name}.csv").read_text() == figure_csv(figure), f"run `make figures` and commit {name}"
         assert (COMMITTED / f"{name}.svg").is_file()
         assert (COMMITTED / f"{name}.png").stat().st_size < 300_000
+        assert (COMMITTED / f"{name}.pdf").stat().st_size < 100_000
 
 
 def test_sources_and_what_is_missing_stand_in_the_numbers_and_the_note(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""`rodimus-lab report`: tables from the run records and, for all of them, the pages that show them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rodimus_lab.experiment import REPORTS
+from rodimus_lab.records import PROJECT_ROOT, load_records, tables_root
+from rodimus_lab.report import PaperResults, quoted_tables, to_markdown, write
+from rodimus_lab.site import build_site, site_root
+from rodimus_lab.terminal import console, shown
+
+
+def report(
+    names: Annotated[list[str] | None, typer.Argument(help="Such as table1. Default: all.")] = None,
+    site: Annotated[bool, typer.Option("--site/--no-site", help="Build the pages too, where all are rebuilt.")] = True,
+) -> None:
+    """Rebuild tables from the run records, the paper's numbers beside ours; without names all of them, and the pages in
+    results/site."""
+    for name in [REPORTS.canonical(name) for name in names or ()]:
+        write_report(name, show=True)
+    if names:
+        return
+    for name in REPORTS:
+        write_report(name, show=False)
+    for name, table in quoted_tables(list(REPORTS), PaperResults()).items():
+        _say(write(table, tables_root(), name))
+    if site and not console.quiet:
+        console.print(f"open: {shown(build_site(site_root()), PROJECT_ROOT)}")
+
+
+def write_report(name: str, *, show: bool) -> None:
+    """Build a report from all records, write it beside the runs and say where; print it as well if asked to."""
+    report = REPORTS[name]
+    if console.quiet:  # Another rank writes it.
+        return
+    records = [record for experiment in report.experiments for record in load_records(experiment=experiment)]
+    table = report.make(records, PaperResults())
+    paths = write(table, tables_root(), name)
+    if show:
+        console.print(to_markdown(table))
+    _say(paths)
+
+
+def _say(paths: list[Path]) -> None:
+    console.print(f"written: {', '.join(shown(path, PROJECT_ROOT) for path in paths)}")

@@ -1,0 +1,305 @@
+"""Results as pandas frames: what notebooks and the command `runs` read. Needs no torch.
+
+    from rodimus_lab import results
+
+    results.runs(experiment="wikitext103")     a row for each finished run, its final metrics as columns
+    results.metrics("rodimus-b6357da5")        what a run logged, a row for each line
+    results.table("table1")                    a table as `rodimus-lab report` wrote it
+    results.compare("run-a", "run-b")          where two runs' recipes and metrics differ
+
+Every number keeps the unit that it was recorded in: perplexities as they are, accuracies from 0 to 1, bytes, seconds.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import operator
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rodimus_lab.config import did_you_mean
+from rodimus_lab.errors import UserError
+from rodimus_lab.records import Record, RunDir, canonical_json, load_records, tables_root
+from rodimus_lab.report.curves import draw_curves
+from rodimus_lab.report.paper import PaperResults
+
+OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "!=": operator.ne,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "=": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+CONDITION = re.compile(r"([^=<>!]+)(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
+NOT_RUN = "not run"
+NAMED = ("experiment", "id", "label", "model", "corpus", "tokenizer", "budget", "steps", "seed", "device", "finished")
+
+
+def runs(root: Path | str | None = None, experiment: str | None = None, *, recipes: bool = False) -> pd.DataFrame:
+    """A row for each finished run. `model` is the label in the model's own spelling (`rodimus+`). With `recipes` every
+    setting has a column too, by its dotted path after `recipe.`, and what of the environment is plain after `env.`.
+
+    Raises `UserError` naming a record that cannot be read.
+    """
+    return frame(load_records(root, experiment), recipes=recipes)
+
+
+def frame(records: Iterable[Record], *, recipes: bool = False) -> pd.DataFrame:
+    """`runs` of records at hand; without any, no rows."""
+    rows = [row(record, recipes=recipes) for record in records]
+    names = dict.fromkeys(NAMED) | dict.fromkeys(name for one in rows for name in one)
+    return pd.DataFrame(rows, columns=list(names))
+
+
+def row(record: Record, *, recipes: bool = False) -> dict[str, Any]:
+    """One run as plain values by the names of columns."""
+    values = {
+        "experiment": record.experiment,
+        "id": record.id,
+        "label": record.label,
+        "model": spelled(record.label),
+        "corpus": record.corpus,
+        "tokenizer": record.tokenizer,
+        "budget": record.budget["name"],
+        "steps": record.budget["steps"],
+        "seed": record.recipe.get("seed"),
+        "device": record.device,
+        "finished": record.finished,
+    }
+    values |= {name: value for name, value in record.metrics.items() if name not in values}
+    if recipes:
+        values |= {f"recipe.{path}": value for path, value in flat(record.recipe)}
+        values |= {f"env.{path}": value for path, value in flat(record.env)}
+    return values
+
+
+def spelled(label: str) -> str:
+    """A label as the model is called: rodimus_plus -> rodimus+, transformer_pp-swa -> transformer++-swa."""
+    return re.sub(r"_pp(?![a-z])", "++", re.sub(r"_plus(?![a-z])", "+", label))
+
+
+def metrics(run: str, root: Path | str | None = None) -> pd.DataFrame:
+    """What a run logged as it went, a row for each line; the columns are whatever it logged, `step` among them."""
+    record = find(run, load_records(root))
+    return pd.DataFrame(RunDir(record.path.parents[1], record.experiment, record.id).read_metrics())
+
+
+def paper(name: str) -> pd.DataFrame:
+    """The paper's own numbers by the file's name, such as `table01` or `figure01a`; what it does not give is None."""
+    kind, number = re.fullmatch(r"(table|figure)0*(\w+)", name), PaperResults()
+    if kind is None:
+        raise UserError(f"{name!r} is no table or figure of the paper; give one such as table01 or figure01a")
+    digits = re.sub(r"^\d+", lambda found: found[0].zfill(2), kind[2])
+    rows = number.table(int(digits)) if kind[1] == "table" else number.figure(digits)
+    return pd.DataFrame(rows)
+
+
+def table(name: str) -> pd.DataFrame:
+    """A table as `rodimus-lab report` wrote it, without the columns of provenance; one that is not there, and every
+    cell that has no number, says "not run"."""
+    return _without_provenance(_read(tables_root() / f"{name}.csv"))
+
+
+def figure(name: str) -> pd.DataFrame:
+    """The numbers of a figure as `make figures` wrote them; a point that is not there says "not run"."""
+    return _read(tables_root().parent / "figures" / f"{name}.csv")
+
+
+def overview(experiment: str, *columns: str, root: Path | str | None = None) -> pd.DataFrame:
+    """An experiment's finished runs by model, corpus, budget and seed, and these columns; without any it says so."""
+    found = runs(root, experiment)
+    if found.empty:
+        return pd.DataFrame({experiment: [NOT_RUN]})
+    return found[["id", "model", "corpus", "budget", "steps", "seed", *(name for name in columns if name in found)]]
+
+
+def curves(experiment: str, quantity: str = "loss", root: Path | str | None = None) -> Any:
+    """What an experiment's runs logged over their steps, each model in its own colour, for a notebook to show; the text
+    "not run" where there is nothing to draw. Raises `UserError` where matplotlib is not installed."""
+    records = load_records(root, experiment)
+    there = [
+        (spelled(record.label), lines[["step", quantity]].dropna())
+        for record, lines in ((record, metrics(f"{experiment}/{record.id}", root)) for record in records)
+        if quantity in lines
+    ]
+    if not there:
+        return NOT_RUN
+    from IPython.display import SVG
+
+    drawn = io.StringIO()
+    draw_curves(there, quantity).savefig(drawn, format="svg")
+    return SVG(data=drawn.getvalue())
+
+
+def picture(name: str) -> Any:
+    """A drawn figure for a notebook to show; the text "not run" where it has not been drawn."""
+    path = tables_root().parent / "figures" / f"{name}.svg"
+    if not path.is_file():
+        return NOT_RUN
+    from IPython.display import SVG
+
+    return SVG(filename=str(path))
+
+
+def find(run: str, records: Sequence[Record]) -> Record:
+    """The one finished run that an id, `experiment/id` or the unambiguous beginning of an id names."""
+    exact = [record for record in records if run in (record.id, f"{record.experiment}/{record.id}")]
+    found = exact or [record for record in records if run and record.id.startswith(run)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        some = ", ".join(f"{record.experiment}/{record.id}" for record in found[:4])
+        raise UserError(f"{run!r} names {len(found)} runs ({some} ...); give more of the id")
+    raise UserError(f"there is no finished run {run!r}{did_you_mean(run, [record.id for record in records])}")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """`KEY=VALUE`, `!=`, `<`, `<=`, `>` or `>=`. `key` is a column of `runs(recipes=True)`, or the end of one."""
+
+    key: str
+    sign: str
+    value: str
+
+    @classmethod
+    def parse(cls, text: str) -> Condition:
+        """Raises `UserError` for what is no condition."""
+        match = CONDITION.fullmatch(text)
+        if match is None or not match[1].strip():
+            raise UserError(f"{text!r} is no condition; write one such as model=rodimus or test_ppl<60")
+        return cls(match[1].strip(), match[2], match[3].strip())
+
+    def holds(self, values: dict[str, Any]) -> bool:
+        """Whether a run meets it; one that has no such column does not, but for `!=`."""
+        found = column(values, self.key)
+        if found is None:
+            return self.sign == "!="
+        wanted: Any = self.value
+        if self.key in ("model", "label"):
+            found, wanted = spelled(str(found)), spelled(wanted)
+        elif isinstance(found, bool):
+            found = str(found).lower()
+            wanted = wanted.lower()
+        elif isinstance(found, int | float):
+            try:
+                wanted = float(wanted)
+            except ValueError:
+                return self.sign == "!="
+        else:
+            found = str(found)
+        return OPERATORS[self.sign](found, wanted)
+
+
+def column(values: dict[str, Any], key: str) -> Any:
+    """The value under a column's name or the end of one after a point, such as `optimizer.lr` or `lr`; None where there
+    is none. Raises `UserError` where several columns that end so differ."""
+    if key in values:
+        return values[key]
+    found = {path: value for path, value in values.items() if path.endswith(f".{key}")}
+    if len({repr(value) for value in found.values()}) > 1:
+        raise UserError(f"{key!r} may be any of {', '.join(sorted(found))}; write one of them")
+    return next(iter(found.values()), None)
+
+
+def select(records: Sequence[Record], where: Iterable[str] = (), sort: str | None = None) -> list[Record]:
+    """The runs that meet every condition; sorted by a column, downwards with a `-` before its name, those that have no
+    such value last. Raises `UserError` for a column that no run has."""
+    conditions = [Condition.parse(text) for text in where]
+    rows = [(record, row(record, recipes=True)) for record in records]
+    order = (sort or "").removeprefix("-")
+    for key in [*(condition.key for condition in conditions), *([order] if order else [])]:
+        known = {path for _, values in rows for path in values}
+        if rows and key not in known and not any(path.endswith(f".{key}") for path in known):
+            raise UserError(f"no run has a {key!r}{did_you_mean(key, [path.rpartition('.')[2] for path in known])}")
+    kept = [(record, values) for record, values in rows if all(one.holds(values) for one in conditions)]
+    if order:
+        given = [(record, column(values, order)) for record, values in kept]
+        there = [pair for pair in given if pair[1] is not None]
+        numbers = all(isinstance(value, int | float) for _, value in there)
+        there.sort(key=lambda pair: pair[1] if numbers else str(pair[1]), reverse=(sort or "").startswith("-"))
+        return [record for record, _ in there] + [record for record, value in given if value is None]
+    return [record for record, _ in kept]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`recipe`: the settings that differ, `setting, first, second`. `metrics`: every number that both have, `metric,
+    first, second, difference, noise`; noise is twice the standard error of the difference of the two means over seeds
+    (missing where one of the two recipes has a single seed), and first and second are then those means."""
+
+    recipe: pd.DataFrame
+    metrics: pd.DataFrame
+    seeds: tuple[int, int]
+
+
+def compare(first: str, second: str, root: Path | str | None = None) -> Comparison:
+    """Two runs beside each other, each with the other seeds of its own recipe."""
+    records = load_records(root)
+    one, two = find(first, records), find(second, records)
+    groups = [[record for record in records if _but_seed(record) == _but_seed(run)] for run in (one, two)]
+    if groups[0] == groups[1]:
+        groups = [[one], [two]]
+    numbers = [name for name in one.metrics if _is_number(one.metrics[name]) and _is_number(two.metrics.get(name))]
+    rows = []
+    for name in numbers:
+        values = [[run.metrics[name] for run in group if _is_number(run.metrics.get(name))] for group in groups]
+        means = [statistics.fmean(some) for some in values]
+        noise = None
+        if all(len(some) > 1 for some in values):
+            noise = 2 * math.sqrt(sum(statistics.variance(some) / len(some) for some in values))
+        rows.append((name, *means, means[1] - means[0], noise))
+    columns = ["metric", "first", "second", "difference", "noise"]
+    return Comparison(
+        pd.DataFrame(differences(one.recipe, two.recipe), columns=["setting", "first", "second"]),
+        pd.DataFrame(rows, columns=columns),
+        (len(groups[0]), len(groups[1])),
+    )
+
+
+def differences(first: Any, second: Any) -> list[tuple[str, Any, Any]]:
+    """The settings by dotted path that differ; None where one has no such setting."""
+    one, two = dict(flat(first)), dict(flat(second))
+    paths = [*one, *(path for path in two if path not in one)]
+    return [
+        (path, one.get(path), two.get(path))
+        for path in paths
+        if (path in one, one.get(path)) != (path in two, two.get(path))
+    ]
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """A nested recipe as pairs of dotted path and plain value; what is empty stands for itself."""
+    if not value or not isinstance(value, dict | list):
+        yield path, value
+        return
+    for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from flat(item, f"{path}.{name}" if path else str(name))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _but_seed(record: Record) -> tuple[str, str]:
+    recipe = {name: value for name, value in record.recipe.items() if name != "seed"}
+    return record.experiment, canonical_json(recipe)
+
+
+def _read(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        return pd.DataFrame({path.stem: [NOT_RUN]})
+    return pd.read_csv(path).astype(object).fillna(NOT_RUN)
+
+
+def _without_provenance(given: pd.DataFrame) -> pd.DataFrame:
+    """Columns such as `Test PPL (paper): source` tell where the column before them is from."""
+    names = list(given.columns)
+    return given[[name for name in names if name.rpartition(": ")[0] not in names]]

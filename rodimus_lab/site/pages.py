@@ -1,0 +1,80 @@
+"""Rendering: templates, addresses from page to page, the index that the search reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+HERE = Path(__file__).resolve().parent
+
+
+class Entry(NamedTuple):
+    """A page as the search finds it: `words` is what it is found by, beside its title."""
+
+    title: str
+    kind: str
+    address: str
+    words: str = ""
+
+
+class Pages:
+    """Writes pages into a folder and keeps the index of them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.entries: list[Entry] = []
+        self.templates = Environment(
+            loader=FileSystemLoader(HERE / "templates"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self.templates.filters["grouped"] = lambda number: f"{number:,}"
+        self.templates.filters["bytes"] = bytes_text
+        self.templates.filters["slim"] = lambda number: f"{number:g}"
+
+    def write(self, template: str, address: str, values: Mapping[str, Any], entry: Entry | None = None) -> None:
+        """Render one page to `address`, from the site's root."""
+        root = "../" * address.count("/")
+
+        def to(target: str) -> str:
+            return root + quote(target, safe="/#")
+
+        page = self.templates.get_template(template).render(to=to, root=root, address=address, **values)
+        path = self.folder / address
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8", newline="\n")
+        if entry is not None:
+            self.entries.append(entry)
+
+    def write_static(self) -> None:
+        """Style, script and the search's index, a script because pages opened as files may read no other file."""
+        for source in sorted((HERE / "static").iterdir()):
+            (self.folder / source.name).write_bytes(source.read_bytes())
+        entries = [
+            {"t": e.title, "k": e.kind, "u": quote(e.address, safe="/#"), "w": _words(e.words)} for e in self.entries
+        ]
+        text = json.dumps(entries, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
+        (self.folder / "search-index.js").write_text(
+            f"window.rodimusLabPages={text};\n", encoding="utf-8", newline="\n"
+        )
+
+
+def _words(text: str) -> str:
+    """Each word once, in lower case."""
+    return " ".join(dict.fromkeys(re.findall(r"[a-z0-9+._-]+", text.lower())))
+
+
+def bytes_text(number: int) -> str:
+    """10^6 bytes as 1.00 MB."""
+    for unit, worth in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= worth:
+            return f"{number / worth:.3g} {unit}"
+    return f"{number} B"

@@ -1,0 +1,60 @@
+"""What is committed in results/tables and results/figures is what the code makes of the committed records again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rodimus_lab.experiment import REPORTS
+from rodimus_lab.records import PROJECT_ROOT, load_records
+from rodimus_lab.registry import load_plugins
+from rodimus_lab.report import PaperResults, write, write_figures
+
+RESULTS = PROJECT_ROOT / "results"
+SHADES = 16  # of 255: processors differ by so much in the soft edges of a PNG's lines, and in nothing else
+
+
+@pytest.fixture(autouse=True)
+def _committed_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RODIMUS_LAB_RESULTS", str(RESULTS / "runs"))
+
+
+def test_tables_are_up_to_date(tmp_path: Path) -> None:
+    load_plugins()
+    paper = PaperResults()
+    for name in REPORTS:
+        records = [one for group in REPORTS[name].experiments for one in load_records(experiment=group)]
+        for path in write(REPORTS[name].make(records, paper), tmp_path, name):
+            committed = RESULTS / "tables" / path.name
+            assert path.read_bytes() == committed.read_bytes(), f"run `make tables` and commit {path.name}"
+
+
+def test_figures_are_up_to_date(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    drawn = write_figures(tmp_path)
+    assert {path.name for path in drawn} == {path.name for path in (RESULTS / "figures").iterdir()}
+    for path in drawn:
+        committed = RESULTS / "figures" / path.name
+        same = (
+            apart(path, committed) <= SHADES if path.suffix == ".png" else path.read_bytes() == committed.read_bytes()
+        )
+        assert same, f"run `make figures` and commit {path.name}"
+
+
+def test_a_changed_picture_is_seen(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for name, shade in (("white", 255), ("grey", 200)):
+        image.new("RGB", (4, 4), (shade,) * 3).save(tmp_path / f"{name}.png")
+    assert apart(tmp_path / "white.png", tmp_path / "grey.png") == 55
+
+
+def apart(one: Path, other: Path) -> int:
+    """The largest difference of any two pixels' shades; 255 where the sizes differ."""
+    from PIL import Image, ImageChops
+
+    with Image.open(one) as first, Image.open(other) as second:
+        if first.size != second.size:
+            return 255
+        extrema = ImageChops.difference(first.convert("RGB"), second.convert("RGB")).getextrema()
+    return max(high for _, high in extrema)

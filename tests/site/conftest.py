@@ -1,0 +1,38 @@
+"""One site for all tests of it: of the committed runs of Table 1, and of a run whose record is hostile."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rodimus_lab.records import PROJECT_ROOT
+from rodimus_lab.site import build_site
+
+HOSTILE = '</td><script>window.broken=1</script><img src=x onerror="window.broken=1">'
+HOSTILE_RUN = "rodimus-0badc0de"
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("results")
+    committed = PROJECT_ROOT / "results" / "runs" / "wikitext103"
+    shutil.copytree(committed, root / "runs" / "wikitext103")
+    shutil.copytree(PROJECT_ROOT / "results" / "figures", root / "figures")
+    (root / "figures" / "figure01b.csv").write_text("other numbers\n")
+    run = root / "runs" / "wikitext103" / HOSTILE_RUN
+    shutil.copytree(committed / "rodimus-b6357da5", run)
+    record = json.loads((run / "record.json").read_text())
+    record |= {"id": HOSTILE_RUN, "corpus": HOSTILE, "device": HOSTILE, "commit": HOSTILE}
+    record["metrics"][HOSTILE] = 1.5
+    (run / "record.json").write_text(json.dumps(record))
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["data"]["corpus"] = HOSTILE
+    (run / "recipe.json").write_text(json.dumps(recipe | {HOSTILE: HOSTILE}))
+    (run / "env.json").write_text(json.dumps({HOSTILE: [HOSTILE]}))
+    (run / "samples.jsonl").write_text(json.dumps({"prompt": HOSTILE, "text": "more"}) + "\nno sample\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RODIMUS_LAB_RESULTS", str(root / "runs"))
+        return build_site(root / "site").parent
