@@ -3,16 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LAB := $(BIN)/rodimus-lab
-EXTRAS := data,kernels,train,figures,hf,eval,sweep,dev
+EXTRAS := data,kernels,train,figures,hf,eval,posttrain,sweep,dev
 MODEL ?= rodimus
 MODELS ?= rodimus transformer++
 MQAR_FLAGS := $(if $(filter-out file,$(origin MODEL)),--model $(MODEL)) $(if $(FIGURE),--figure $(FIGURE)) $(if $(LENGTH),--length $(LENGTH)) $(if $(WIDTH),--width $(WIDTH)) $(if $(LR),--lr $(LR)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(SEED),--seed $(SEED))
 RUN_FLAGS := $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED))
-
-.DEFAULT_GOAL := help
 SCALING_FLAGS := $(if $(filter-out file,$(origin MODEL)),--model $(MODEL)) $(if $(SIZE),--size $(SIZE)) $(if $(RATIO),--ratio $(RATIO)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(SEED),--seed $(SEED))
 
-.PHONY: help setup test test-gpu lint wikitext103 ablate memory-ppl gates mqar scaling-laws needle needlebench sweep tables figures site zoo reproducing bench doctor clean
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-opencompass test test-gpu lint wikitext103 ablate memory-ppl gates mqar scaling-laws needle needlebench sweep tables figures site zoo reproducing bench doctor clean
 
 help: ## list the targets
 	@echo "Targets (options in capitals, such as MODEL=rodimus BUDGET=short CORPUS=enwiki-25k):"
@@ -25,8 +24,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
-	@$(BIN)/python -m evals.announce >/dev/null
+	@$(BIN)/python -c 'from evals.announce import announce; announce()'
 	@touch $@
+
+setup-opencompass: ## make .venv-opencompass, in which OpenCompass runs this project's models
+	$(PYTHON) -m venv .venv-opencompass
+	.venv-opencompass/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 opencompass==0.5.4 pyarrow==23.0.0
+	.venv-opencompass/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 
 test: setup ## run every test on as many cores as there are, at most 8 (those that need a GPU are skipped without one) [JOBS]
 	$(BIN)/python -m pytest --numprocesses $(or $(JOBS),$$($(BIN)/python -c 'import os; print(min(8, os.cpu_count() or 1))')) --dist worksteal

@@ -1,4 +1,4 @@
-"""`rodimus-lab eval`: models on downstream and recall tasks, through lm-eval."""
+"""`rodimus-lab eval`: models on downstream, recall and coding tasks, through lm-eval."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def evaluate_models(
     ] = None,
     suite: Annotated[
         str,
-        typer.Option(help="downstream (Tables 2 and 10), recall (Table 11), or lm-eval's tasks, with commas between."),
+        typer.Option(
+            help="downstream (Tables 2 and 10), recall (Table 11), coder and coder-chat (Tables 21 and 22), or "
+            "lm-eval's tasks, with commas between."
+        ),
     ] = "downstream",
     open_models: Annotated[bool, typer.Option("--open-models", help="The open models of Table 2 as well.")] = False,
     fresh_weights: Annotated[
@@ -53,12 +56,25 @@ def evaluate_models(
     recall_whitespace: Annotated[
         Literal["strip", "keep"], typer.Option(help="Around recall prompts and answers; keep is the old behaviour.")
     ] = "strip",
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question. Default: the paper's, else lm-eval's.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in the chat format, as the suite coder-chat does.")] = False,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run the code that models write, in a sandbox.")
+    ] = False,
+    code_samples: Annotated[
+        int | None, typer.Option(min=1, help="Programs drawn for each problem. Default: lm-eval's, mostly 1, greedy.")
+    ] = None,
+    code_temperature: Annotated[float, typer.Option(min=0.01, help="Of several samples.")] = 0.2,
+    code_seconds: Annotated[int, typer.Option(min=1, help="The most that a program may take.")] = 10,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let a model of the Hub bring its own code.")
     ] = False,
 ) -> None:
-    """Score models on downstream or recall tasks; a task that is finished is skipped."""
+    """Score models on downstream, recall or coding tasks; a task that is finished is skipped."""
     require_lm_eval()
+    from evals.lmeval.code import CodeConfig
     from evals.lmeval.evaluation import evaluate
     from evals.lmeval.recall import RecallConfig
     from evals.lmeval.subject import LoadOptions, find_subject
@@ -68,7 +84,8 @@ def evaluate_models(
     if not names:
         raise UserError("no model is named; give a run id, a folder or a name of the Hub, or --open-models")
     recall = RecallConfig(context=recall_context, generation=recall_generation, whitespace=recall_whitespace)
-    tasks = Tasks(suite, data_dir, recall)
+    code = CodeConfig(samples=code_samples, temperature=code_temperature, seconds=code_seconds)
+    tasks = Tasks(suite, data_dir, recall, code=code, allow_code=allow_code_execution, shots=shots, chat=chat)
     options = LoadOptions(device, dtype, batch_size, max_length, trust_remote_code)
     failed = 0
     asked = [(name, fresh) for name in names for fresh in ((False, True) if fresh_weights else (False,))]

@@ -10,9 +10,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from evals.joining import joined
 from evals.open_models import OPEN_MODELS
 from rodimus_lab.experiment import report
-from rodimus_lab.records import Record, canonical_json
+from rodimus_lab.records import Record
 from rodimus_lab.report import Cell, Metric, PaperResults, PaperRow, Table, paper_vs_measured
 
 PAPER_CORPUS = "pile"
@@ -154,25 +155,8 @@ def _rows(
     records: Iterable[Record], columns: Sequence[tuple[str, str, str]], *, average: Sequence[str]
 ) -> list[Record]:
     """The records with any of these metrics, those of one model that was asked in one way joined, with the average."""
-    same: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda record: (record.finished, record.id)):
-        if any(name in record.metrics for _, name, _ in columns):
-            how = _how(record) | {"budget": record.budget_text, "device": record.device}
-            same.setdefault(canonical_json(how), []).append(record)
-    rows = []
-    for found in same.values():
-        metrics: dict[str, float] = {}
-        for record in found:  # Of two records of one task the later one counts.
-            metrics |= record.metrics
-        ids = "; ".join(record.id for record in found)
-        rows.append(replace(found[-1], id=ids, metrics=metrics | _average(metrics, average), recipe=_how(found[-1])))
-    return rows
-
-
-def _how(record: Record) -> dict[str, object]:
-    """The recipe without what differs between the records of one row: which tasks, and the files that they read."""
-    kept = {name: value for name, value in record.recipe.items() if name not in ("tasks", "data")}
-    return kept | {"source": record.recipe["data"]["source"]}
+    rows = joined(records, [name for _, name, _ in columns])
+    return [replace(row, metrics=row.metrics | _average(row.metrics, average)) for row in rows]
 
 
 def _average(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

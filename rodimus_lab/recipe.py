@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
 
 from rodimus_lab.config import Config, ConfigError
+from rodimus_lab.data.mixture import MixtureConfig
 from rodimus_lab.data.mqar import MqarConfig
 from rodimus_lab.data.needle import NeedleConfig
 from rodimus_lab.errors import UserError
@@ -46,7 +47,10 @@ def _sort_of_data(value: Any) -> str:
 
 
 AnyData = Annotated[
-    Annotated[DataConfig, Tag("text")] | Annotated[MqarConfig, Tag("mqar")] | Annotated[NeedleConfig, Tag("needle")],
+    Annotated[DataConfig, Tag("text")]
+    | Annotated[MixtureConfig, Tag("mixture")]
+    | Annotated[MqarConfig, Tag("mqar")]
+    | Annotated[NeedleConfig, Tag("needle")],
     Discriminator(_sort_of_data),
 ]
 
@@ -147,6 +151,11 @@ class Recipe(Config):
         copy = self.model_copy()
         copy._base = base
         return copy
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether its model reads tokens of a tokenizer, and not those of a task."""
+        return not isinstance(self.data, MqarConfig)
 
     @property
     def base(self) -> Recipe | None:

@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from rodimus_lab.convert import Checkpoint, open_checkpoint
+from rodimus_lab.convert import CHAT_TEMPLATE, Chat, ChatTokenizer, Checkpoint, open_checkpoint
 from rodimus_lab.data import Tokenizer
 from rodimus_lab.decoder import Decoder
 from rodimus_lab.device import device_type
@@ -34,6 +34,7 @@ BATCH_SIZE = 32
 MAX_LENGTH = 2048
 MAX_NEW_TOKENS = 256
 MOST_LOGITS = 2**28  # 1 GiB of float32
+ROLES = {"user": "HUMAN", "assistant": "ASSISTANT"}
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
 
@@ -82,6 +83,7 @@ class RodimusLabLM(TemplateLM):
         self.max_length = int(max_length or model.config.max_positions or MAX_LENGTH)
         self._device = model.embedding.weight.device
         self._decoder: tuple[Hashable, Decoder] | None = None
+        self._chat: ChatTokenizer | None = None
 
     @property
     def eot_token_id(self) -> int:
@@ -93,10 +95,26 @@ class RodimusLabLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """The ids of a text; no special token is added, whatever is asked for."""
-        return self.vocabulary.encode(string)
+        return (self._chat or self.vocabulary).encode(string)
 
     def tok_decode(self, tokens: Sequence[int], **_: Any) -> str:
         return self.vocabulary.decode(tokens)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The authors' chat format, which from here on is what prompts are read in: special tokens are spelled out."""
+        self._chat = ChatTokenizer(self.vocabulary)
+        return CHAT_TEMPLATE
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A prompt of messages by `system`, `user` and `assistant`; without `add_generation_prompt` the last message
+        is the beginning of the answer. Raises `UserError` for another role."""
+        system = "".join(message["content"] for message in chat_history if message["role"] == "system")
+        turns = [message for message in chat_history if message["role"] != "system"]
+        prefix = "" if add_generation_prompt else turns.pop()["content"]
+        spoken = [
+            {"role": ROLES.get(message["role"], message["role"]), "content": message["content"]} for message in turns
+        ]
+        return Chat(spoken, system or None).prompt + prefix
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any

@@ -7,11 +7,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from lm_eval import simple_evaluate
+from pydantic import Field
 
+from evals.lmeval.code import CodeConfig
 from evals.lmeval.recall import RecallConfig
 from evals.lmeval.subject import LoadOptions, Subject
 from evals.lmeval.tasks import Tasks
@@ -36,6 +38,9 @@ class EvaluationRecipe(Config):
     max_length: int | None = None
     limit: int | None = None
     recall: RecallConfig | None = None
+    code: CodeConfig | None = None
+    shots: Annotated[dict[str, int], Field(default_factory=dict)]
+    chat: bool = False
 
     @property
     def id(self) -> str:
@@ -54,6 +59,10 @@ class EvaluationRecipe(Config):
             words.append(f"{self.recall.context:,} tokens in and {self.recall.generation:,} out")
             if self.recall.whitespace == "keep":
                 words.append("white space kept")
+        if self.chat:
+            words.append("in the chat format")
+        if self.code is not None and self.code.samples not in (None, 1):
+            words.append(f"{self.code.samples} samples of code at temperature {self.code.temperature:g}")
         return ", ".join(words)
 
 
@@ -74,6 +83,9 @@ def evaluate(
         max_length=options.max_length,
         limit=limit,
         recall=tasks.recall if tasks.asks_recall else None,
+        code=tasks.runner.config if tasks.runner.isolation else None,
+        shots=tasks.shots,
+        chat=tasks.chat,
     )
     run = RunDir(runs_root(), EXPERIMENT, recipe.id)
     if run.finished:
@@ -82,7 +94,8 @@ def evaluate(
     device = device_name(torch.device(device_type(options.device)))
     run.create(recipe.to_dict())
     env = environment()
-    run.write_env(env | {"device": device, "batch_size": options.batch_size})
+    where = {"device": device, "batch_size": options.batch_size, "isolation": tasks.runner.isolation}
+    run.write_env(env | where)
     done = {line["task"]: line for line in run.read_metrics()}
     for name in done:
         say(f"{name}: done before")
@@ -133,19 +146,32 @@ def _scores(model: Any, name: str, tasks: Tasks, limit: int | None) -> dict[str,
         limit=limit,
         bootstrap_iters=BOOTSTRAP,
         log_samples=False,
+        confirm_run_unsafe_code=tasks.runner.isolation is not None,
+        apply_chat_template=tasks.chat,
+        fewshot_as_multiturn=tasks.chat,
     )
     assert given is not None
     return dict(_flat(given, name))
 
 
 def _flat(given: Any, name: str) -> Iterator[tuple[str, float]]:
-    """`acc`, `acc_stderr` and so on, with the task before it where the name stands for several; what is not a finite
-    number is left out."""
-    yield "items", sum(count["effective"] for count in given["n-samples"].values())
+    """`acc`, `acc_stderr` and so on; what is not a finite number is left out. Where the name stands for several tasks,
+    each one's with the task before it, and their means over all items, as lm-eval's groups have them."""
+    counts = {task: count["effective"] for task, count in given["n-samples"].items()}
+    yield "items", sum(counts.values())
+    found: dict[str, dict[str, float]] = {}
     for task, metrics in given["results"].items():
         prefix = "" if task == name or len(given["results"]) == 1 else f"{task}."
         for key, value in metrics.items():
             metric, _, kind = key.partition(",")
             number = value.item() if hasattr(value, "item") else value
             if kind and isinstance(number, int | float) and math.isfinite(number):
-                yield f"{prefix}{metric}" + (f".{kind}" if kind != "none" else ""), number
+                name_of, error = metric.removesuffix("_stderr"), "_stderr" if metric.endswith("_stderr") else ""
+                full = name_of + (f".{kind}" if kind != "none" else "") + error
+                found.setdefault(full, {})[task] = number
+                yield f"{prefix}{full}", number
+    for full, numbers in found.items():
+        if len(counts) > 1 and numbers.keys() == counts.keys():
+            power = 2 if full.endswith("_stderr") else 1
+            total = math.fsum((counts[task] * number) ** power for task, number in numbers.items()) ** (1 / power)
+            yield full, total / sum(counts.values())

@@ -6,8 +6,10 @@ A file holds one JSON object a line: either the Hub's own columns, or those of l
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +21,15 @@ QUESTION = "Question: "
 
 
 class LocalForm(NamedTuple):
-    """`file` in the data folder, the `split` that lm-eval scores, a column that only the Hub's rows have, and what
-    makes a row of llm-foundry's into one of the Hub's (None: there is no such form)."""
+    """`file` in the data folder, which may end in .gz, the `split` that lm-eval scores, a column that only the Hub's
+    rows have, what makes a row of llm-foundry's into one of the Hub's (None: there is no such form), and which of the
+    rows are in the split."""
 
     file: str
     split: str
     column: str
     convert: Callable[[Row], Row] | None
+    keep: Callable[[Row], bool] = lambda _: True
 
 
 def _choices(row: Row) -> Row:
@@ -74,6 +78,19 @@ def _lambada(row: Row) -> Row:
     return {"text": f"{row['context']} {row['continuation'].strip()}"}
 
 
+def _mbpp_test(row: Row) -> bool:
+    """The 500 problems of MBPP's test split, of the 974 that its file holds."""
+    return 11 <= row["task_id"] <= 510
+
+
+def _human_eval(name: str = "HumanEval.jsonl.gz") -> LocalForm:
+    return LocalForm(name, "test", "entry_point", None)
+
+
+def _mbpp(name: str = "mbpp.jsonl", keep: Callable[[Row], bool] = _mbpp_test) -> LocalForm:
+    return LocalForm(name, "test", "test_list", None, keep)
+
+
 LOCAL = {
     "arc_challenge": LocalForm("arc_challenge.jsonl", "test", "answerKey", _arc),
     "arc_easy": LocalForm("arc_easy.jsonl", "test", "answerKey", _arc),
@@ -90,6 +107,15 @@ LOCAL = {
     "recall_drop": LocalForm("drop.jsonl", "validation", "context", None),
     "recall_nq": LocalForm("nq.jsonl", "validation", "context", None),
     "recall_triviaqa": LocalForm("triviaqa.jsonl", "validation", "context", None),
+    "humaneval": _human_eval(),
+    "humaneval_instruct": _human_eval(),
+    "humaneval_plus": _human_eval("HumanEvalPlus.jsonl.gz"),
+    "humaneval_plus_instruct": _human_eval("HumanEvalPlus.jsonl.gz"),
+    "mbpp": _mbpp(),
+    "mbpp_instruct": _mbpp(),
+    "mbpp_plus": _mbpp("MbppPlus.jsonl.gz", keep=lambda _: True),
+    "mbpp_plus_instruct": _mbpp("MbppPlus.jsonl.gz", keep=lambda _: True),
+    "gsm8k_cot": LocalForm("gsm8k_test.jsonl", "test", "question", None),
     "recall_squad_questions": LocalForm("squad_dev_v1.1.json", "validation", "context", None),
 }
 
@@ -114,9 +140,9 @@ def read_rows(task: str, folder: Path) -> list[Row]:
     """The items of a task in the Hub's columns. Raises `UserError` naming the file and the line that are wrong."""
     path, form = local_file(task, folder), LOCAL[task]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read(path)
         rows = _squad(json.loads(text)) if path.suffix == ".json" else _lines(text, path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({_reason(error)}); fetch it again") from None
     if not rows:
         raise UserError(f"{path} holds no items; fetch it again")
@@ -126,12 +152,20 @@ def read_rows(task: str, folder: Path) -> list[Row]:
             given = form.column in row
             if not given and form.convert is None:
                 raise KeyError(form.column)
-            items.append(row if given or form.convert is None else form.convert(row))
+            if form.keep(row):
+                items.append(row if given or form.convert is None else form.convert(row))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise UserError(
                 f"item {number} of {path} is not one of {task} ({_reason(error)}); fetch it again"
             ) from None
+    if not items:
+        raise UserError(f"{path} holds no items of the {form.split} split; fetch it again")
     return items
+
+
+def _read(path: Path) -> str:
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
 
 
 def fingerprint(path: Path) -> str:

@@ -22,7 +22,7 @@ from rodimus_lab.data import Tokenizer, load_tokenizer
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.mixer import TokenMixer
 from rodimus_lab.nn.model import LanguageModel, LanguageModelConfig
-from rodimus_lab.recipe import DataConfig, Recipe
+from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import write_atomic
 from rodimus_lab.registry import load_plugins
 from rodimus_lab.weights import FINAL, RECIPE, find_model, read_run
@@ -63,7 +63,7 @@ class Checkpoint(NamedTuple):
     def tokenizer(self) -> Tokenizer:
         """The directory's own, or the one that the run was trained with. Raises `UserError` where there is none."""
         if self.recipe is not None:
-            if not isinstance(self.recipe.data, DataConfig):
+            if not self.recipe.reads_text:
                 raise UserError(f"{self.recipe.id} was not trained on text and has no tokenizer; give another run")
             return load_tokenizer(self.recipe.data.tokenizer)
         if not (self.directory / TOKENIZER).is_file():
@@ -199,7 +199,7 @@ def _write(
 
 
 def _special_ids(checkpoint: Checkpoint) -> dict[str, Any]:
-    if checkpoint.recipe is None or not isinstance(checkpoint.recipe.data, DataConfig):
+    if checkpoint.recipe is None or not checkpoint.recipe.reads_text:
         return checkpoint.ids
     return dict.fromkeys(IDS[1:], checkpoint.tokenizer().eos_id)
 
@@ -207,7 +207,7 @@ def _special_ids(checkpoint: Checkpoint) -> dict[str, Any]:
 def _tokenizer_text(checkpoint: Checkpoint) -> str | None:
     """What `tokenizer.json` says; None where a directory has none and for a run that did not read text."""
     if checkpoint.recipe is not None:
-        return checkpoint.tokenizer().to_json() if isinstance(checkpoint.recipe.data, DataConfig) else None
+        return checkpoint.tokenizer().to_json() if checkpoint.recipe.reads_text else None
     path = checkpoint.directory / TOKENIZER
     return path.read_text(encoding="utf-8") if path.is_file() else None
 

@@ -122,7 +122,7 @@ class BlockLoader:
         return self
 
     def __next__(self) -> Batch:
-        return self.blocks.batch(self._next_indices(self.batch_size)[self._slice])
+        return self.blocks.batch(self.take(self.batch_size)[self._slice])
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values. `position` counts the blocks taken in the current epoch, over all ranks."""
@@ -156,12 +156,13 @@ class BlockLoader:
     def order_hash(self, count: int = 10_000) -> str:
         """SHA-256 of the numbers of the first `count` blocks from the start of training, as little-endian int64."""
         start = BlockLoader(self.blocks, 1, self.seed)
-        return hashlib.sha256(start._next_indices(count).astype("<i8").tobytes()).hexdigest()
+        return hashlib.sha256(start.take(count).astype("<i8").tobytes()).hexdigest()
 
     def _draw(self, epoch: int) -> np.ndarray:
         return rng(self.seed, epoch).permutation(len(self.blocks))
 
-    def _next_indices(self, count: int) -> np.ndarray:
+    def take(self, count: int) -> np.ndarray:
+        """The numbers of the next `count` blocks, over all ranks, which then are read."""
         parts = []
         while count:
             part = self._order[self._position : self._position + count]

@@ -26,12 +26,11 @@ STEM = re.compile(r"(table|figure)0*(\d+)([a-z]?)(?:-.*)?")
 
 
 class Artefact(NamedTuple):
-    """One table or figure. `sort`: its numbers are to be measured, state settings, or are those of models whose weights
-    and data nobody else has; a drawing has none."""
+    """One table or figure. `sort`: its numbers are to be measured or state settings; a drawing has none."""
 
     name: str
     title: str
-    sort: Literal["measured", "settings", "drawing", "others"] = "measured"
+    sort: Literal["measured", "settings", "drawing"] = "measured"
 
     @property
     def label(self) -> str:
@@ -83,16 +82,15 @@ PAPER = (
     Artefact("table20", "Cost of decoding at 1.3B"),
     Artefact("figure7", "The gates against g and the temperature"),
     Artefact("figure8", "The gates of a trained layer over a sentence"),
-    Artefact("table21", "Rodimus+-Coder, base models", "others"),
-    Artefact("table22", "Rodimus+-Coder, chat models", "others"),
+    Artefact("table21", "Rodimus+-Coder, base models"),
+    Artefact("table22", "Rodimus+-Coder, chat models"),
     Artefact("figure14", "NeedleBench of Rodimus+ during training, length by depth"),
 )
 _NOTES = {
     "measured": "No run of this project stands behind this table yet.",
     "settings": "Settings, not results: recipes carry them (see docs/reproducing.md).",
-    "others": "Quoted only: the weights and the text of these models are not to be had by everybody.",
 }
-_MISSING = {"measured": "not run", "others": "not to be run here"}
+_MISSING = {"measured": "not run"}
 
 
 def belongs(name: str, artefact: Artefact) -> bool:

@@ -150,8 +150,6 @@ class ArtefactView:
         """In a word or two, whether ours stands beside the paper's."""
         if self.sort in ("settings", "drawing"):
             return {"settings": "settings", "drawing": "a drawing"}[self.sort]
-        if self.sort == "others":
-            return "quoted only"
         measured = sum(table.measured for table in self.tables)
         absent = sum(table.absent for table in self.tables)
         points = any("run" in " ".join(row) for figure in self.figures for row in figure.numbers)

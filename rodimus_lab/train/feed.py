@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import starmap
+from itertools import chain, starmap
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from rodimus_lab.data import BlockLoader, PreparedData, TokenBlocks, eval_batches, prepare
+from rodimus_lab.data.mixture import MixtureConfig, MixtureLoader
 from rodimus_lab.data.mqar import MqarConfig
 from rodimus_lab.data.needle import NeedleConfig, NeedleDocuments, NeedleLoader, needle_batches
 from rodimus_lab.errors import UserError
@@ -66,7 +67,9 @@ def open_feed(recipe: Recipe, world: World) -> Feed:
     """
     if isinstance(recipe.data, MqarConfig):
         return _open_questions(recipe, recipe.data, world)
-    prepared = _open_corpus(recipe, recipe.data, world)
+    if isinstance(recipe.data, MixtureConfig):
+        return _open_mixture(recipe, recipe.data, world)
+    prepared = _open_corpus(recipe, recipe.data.corpus, recipe.data.tokenizer, world)
     if isinstance(recipe.data, NeedleConfig):
         return _open_needles(recipe, recipe.data, prepared, world)
     return _open_text(recipe, recipe.data, prepared, world)
@@ -88,9 +91,9 @@ def _open_questions(recipe: Recipe, data: MqarConfig, world: World) -> Feed:
     )
 
 
-def _open_corpus(recipe: Recipe, data: DataConfig | NeedleConfig, world: World) -> PreparedData:
+def _open_corpus(recipe: Recipe, corpus: str, tokenizer: str, world: World) -> PreparedData:
     """The corpus, tokenised on first use."""
-    prepared = prepare(data.corpus, data.tokenizer, progress=world.main)
+    prepared = prepare(corpus, tokenizer, progress=world.main)
     if world.main:
         prepared.verify()
     manifest = prepared.manifest
@@ -146,5 +149,35 @@ def _open_text(recipe: Recipe, data: DataConfig, prepared: PreparedData, world: 
             "tokens": {split: prepared.split(split).tokens for split in prepared.splits},
             "order_hash": loader.order_hash(),
             "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
+        },
+    )
+
+
+def _open_mixture(recipe: Recipe, data: MixtureConfig, world: World) -> Feed:
+    """Evaluated are all its corpora, one after another, each token of a split once."""
+    prepared = {name: _open_corpus(recipe, name, data.tokenizer, world) for name in data.corpora}
+    blocks = {name: TokenBlocks(each, "train", data.seq_len) for name, each in prepared.items()}
+    budget = recipe.budget
+    splits = [split for split in ("valid", "test") if all(split in each.splits for each in prepared.values())]
+
+    def reader(split: str) -> Callable[[int], Iterable[Batch]]:
+        return lambda rows: chain.from_iterable(
+            eval_batches(each, split, data.seq_len, rows, world.rank, world.size) for each in prepared.values()
+        )
+
+    first = next(iter(prepared.values()))
+    return Feed(
+        train=MixtureLoader(data, blocks, budget.batch_size, budget.steps, recipe.seed, world.rank, world.size),
+        evaluation={split: reader(split) for split in splits},
+        words={split: sum(each.split(split).words for each in prepared.values()) for split in splits},
+        facts={
+            "fingerprints": {
+                name: {split: each.fingerprint(split) for split in each.splits} for name, each in prepared.items()
+            },
+            "tokens": {
+                name: {split: each.split(split).tokens for split in each.splits} for name, each in prepared.items()
+            },
+            "stages": dict(zip((stage.name for stage in data.stages), data.first_steps(budget.steps), strict=True)),
+            "tokenizer_fingerprint": first.manifest.tokenizer_fingerprint,
         },
     )
