@@ -49,12 +49,16 @@ def test_an_option_that_is_wrong_is_named(demonstration, options, named):
         demonstration.recipes(**options)
 
 
-NAMED = {"ablate": {"table": ["15"]}}  # What a command must be told, since without it there is nothing to do.
+# What a command must be told, since without it there is nothing to do.
+NAMED = {"ablate": {"table": ["15"]}, "pretrain": dict.fromkeys(("language", "code", "synthetic"), "pydoc")}
 
 
 def test_every_experiment_can_be_listed(cli, places):
     for name in EXPERIMENTS:
-        asked = [f"--{option}={value}" for option, (value,) in NAMED.get(name, {}).items()]
+        asked = [
+            f"--{option}={value if isinstance(value, str) else value[0]}"
+            for option, value in NAMED.get(name, {}).items()
+        ]
         planned = json.loads(cli(name, *asked, "--budget", "paper", "--dry-run", "--json").out)
         assert planned
         assert all(one["state"] == "new" and one["tokens"] > 0 for one in planned)
