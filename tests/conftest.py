@@ -101,6 +101,7 @@ def finished_smoke_run(tmp_path_factory: pytest.TempPathFactory, pydoc_cache: Pa
         patch.setenv("RODIMUS_LAB_CHECKPOINTS", str(root / "checkpoints"))
         patch.delenv("RODIMUS_LAB_DATA", raising=False)
         result = run_cli("wikitext103", "--budget", "smoke", "--steps", 4, "--device", "cpu")
+    assert result.code == 0, result.err
     (run,) = (root / "runs" / "wikitext103").iterdir()
     return SmokeRun(result, run.name, root)
 

@@ -34,6 +34,7 @@ CHILD = Path(__file__).with_name("child.py")
 START_UP = 20.0  # Seconds that a crowded machine may take to start the process and to end it.
 MOST_BYTES = 1 << 16
 READY = b'{"ready"'
+OWN_FOLDER = "/program"  # Not /tmp: Python itself may lie below that.
 SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache")
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 PROBE = "import bisect, collections, functools, hashlib, heapq, itertools, math, random, re, socket, subprocess, typing"
@@ -70,7 +71,7 @@ def run_program(program: str, limits: Limits = DEFAULT, isolation: Isolation | N
             "token": token,
             "isolation": isolation,
             "root": folder,
-            "folder": "/tmp" if isolation == "namespaces" else folder,
+            "folder": OWN_FOLDER if isolation == "namespaces" else folder,
             "readable": _readable(),
             "paths": [sysconfig.get_path("purelib")],
             "serial": secrets.randbelow(1 << 24),
@@ -120,7 +121,7 @@ def _talk(order: bytes, seconds: float, folder: str) -> bytes | None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"} | ONE_THREAD,
+        env={"PATH": "/usr/bin:/bin", "HOME": ".", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"} | ONE_THREAD,
         cwd=folder,
         start_new_session=True,
         close_fds=True,
