@@ -20,15 +20,16 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from rodimus_lab.config import did_you_mean
 from rodimus_lab.errors import UserError
 from rodimus_lab.records import Record, RunDir, canonical_json, load_records, tables_root
 from rodimus_lab.report.curves import draw_curves
 from rodimus_lab.report.paper import PaperResults
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "!=": operator.ne,
@@ -56,7 +57,7 @@ def frame(records: Iterable[Record], *, recipes: bool = False) -> pd.DataFrame:
     """`runs` of records at hand; without any, no rows."""
     rows = [row(record, recipes=recipes) for record in records]
     names = dict.fromkeys(NAMED) | dict.fromkeys(name for one in rows for name in one)
-    return pd.DataFrame(rows, columns=list(names))
+    return _frame(rows, columns=list(names))
 
 
 def row(record: Record, *, recipes: bool = False) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def spelled(label: str) -> str:
 def metrics(run: str, root: Path | str | None = None) -> pd.DataFrame:
     """What a run logged as it went, a row for each line; the columns are whatever it logged, `step` among them."""
     record = find(run, load_records(root))
-    return pd.DataFrame(RunDir(record.path.parents[1], record.experiment, record.id).read_metrics())
+    return _frame(RunDir(record.path.parents[1], record.experiment, record.id).read_metrics())
 
 
 def paper(name: str) -> pd.DataFrame:
@@ -99,7 +100,7 @@ def paper(name: str) -> pd.DataFrame:
         raise UserError(f"{name!r} is no table or figure of the paper; give one such as table01 or figure01a")
     digits = re.sub(r"^\d+", lambda found: found[0].zfill(2), kind[2])
     rows = number.table(int(digits)) if kind[1] == "table" else number.figure(digits)
-    return pd.DataFrame(rows)
+    return _frame(rows)
 
 
 def table(name: str) -> pd.DataFrame:
@@ -117,7 +118,7 @@ def overview(experiment: str, *columns: str, root: Path | str | None = None) -> 
     """An experiment's finished runs by model, corpus, budget and seed, and these columns; without any it says so."""
     found = runs(root, experiment)
     if found.empty:
-        return pd.DataFrame({experiment: [NOT_RUN]})
+        return _frame({experiment: [NOT_RUN]})
     return found[["id", "model", "corpus", "budget", "steps", "seed", *(name for name in columns if name in found)]]
 
 
@@ -258,8 +259,8 @@ def compare(first: str, second: str, root: Path | str | None = None) -> Comparis
         rows.append((name, *means, means[1] - means[0], noise))
     columns = ["metric", "first", "second", "difference", "noise"]
     return Comparison(
-        pd.DataFrame(differences(one.recipe, two.recipe), columns=["setting", "first", "second"]),
-        pd.DataFrame(rows, columns=columns),
+        _frame(differences(one.recipe, two.recipe), columns=["setting", "first", "second"]),
+        _frame(rows, columns=columns),
         (len(groups[0]), len(groups[1])),
     )
 
@@ -293,9 +294,17 @@ def _but_seed(record: Record) -> tuple[str, str]:
     return record.experiment, canonical_json(recipe)
 
 
+def _frame(rows: Any, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    import pandas as pd  # Here, for the sake of the commands that need none.
+
+    return pd.DataFrame(rows, columns=columns)
+
+
 def _read(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
     if not path.is_file():
-        return pd.DataFrame({path.stem: [NOT_RUN]})
+        return _frame({path.stem: [NOT_RUN]})
     return pd.read_csv(path).astype(object).fillna(NOT_RUN)
 
 

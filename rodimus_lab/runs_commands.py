@@ -4,6 +4,7 @@ wanted."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
 import typer
 from filelock import FileLock, Timeout
 from rich import box
@@ -272,7 +272,7 @@ def _plain(value: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    if value is None or pd.isna(value):
+    if value is None or math.isnan(value):
         return "—"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 
-import torch
+from rodimus_lab.ops.tracing import constant
 
 
-@torch.compiler.assume_constant_result
+@constant
 def installed(package: str) -> bool:
     """A constant to torch.compile, older versions of which would cut a block in two where it is asked."""
     return importlib.util.find_spec(package) is not None

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from types import ModuleType
 
-import torch
+from rodimus_lab.ops.tracing import constant
 
 CUDA_BUILD = "selective_scan_cuda"
 
@@ -19,7 +19,7 @@ class _Absent(ModuleType):
         self.__spec__ = importlib.util.spec_from_loader(name, loader=None)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def has_cuda_build() -> bool:
     return not isinstance(sys.modules.get(CUDA_BUILD), _Absent) and importlib.util.find_spec(CUDA_BUILD) is not None
 

@@ -16,6 +16,7 @@ from rodimus_lab.ops.installed import installed
 from rodimus_lab.ops.mamba_ssm import load_mamba_ssm
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.sequence import sequence_shard
+from rodimus_lab.ops.tracing import untraced
 
 CHUNK = 256  # of mamba-ssm's kernels, the authors' choice
 
@@ -69,7 +70,7 @@ def by_gated_linear(
     )
 
 
-@torch.compiler.disable
+@untraced
 def _mamba_ssm(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, segments: None
 ) -> tuple[Tensor, Tensor]:

@@ -17,15 +17,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from rodimus_lab.errors import UserError
 from rodimus_lab.records import canonical_json, write_atomic
@@ -107,8 +106,8 @@ class CheckpointStore:
         # Of tensors on a GPU torch makes the copies; those on the CPU it would write as they are by then.
         copies = {name: tensor.detach().clone() if tensor.is_cpu else tensor for name, tensor in tensors.items()}
         with _quiet():
-            writer = dcp.HuggingFaceStorageWriter(str(temporary / TENSORS), save_distributed=True)
-            written = dcp.async_save(
+            writer = _dcp().HuggingFaceStorageWriter(str(temporary / TENSORS), save_distributed=True)
+            written = _dcp().async_save(
                 copies, storage_writer=writer, process_group=self._group, no_dist=self.world.size == 1
             )
         assert isinstance(written, Future)
@@ -151,8 +150,8 @@ class CheckpointStore:
             say(f"{damage}; an earlier one is used instead")
         path = self.path(chosen)
         with _quiet():
-            reader = dcp.HuggingFaceStorageReader(str(path / TENSORS))
-            dcp.load(dict(tensors), storage_reader=reader, no_dist=self.world.size == 1)
+            reader = _dcp().HuggingFaceStorageReader(str(path / TENSORS))
+            _dcp().load(dict(tensors), storage_reader=reader, no_dist=self.world.size == 1)
         random = path / f"random-{self.world.rank:05d}.safetensors"
         if random.exists():
             _set_random_state(load_file(random))
@@ -165,8 +164,8 @@ class CheckpointStore:
 
     def _write_shards(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
         with _quiet():
-            writer = dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True)
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=self.world.size == 1)
+            writer = _dcp().HuggingFaceStorageWriter(str(directory), save_distributed=True)
+            _dcp().save(dict(tensors), storage_writer=writer, no_dist=self.world.size == 1)
 
     def _seal(self, temporary: Path, target: Path, state: Mapping[str, Any]) -> None:
         write_atomic(temporary / STATE, canonical_json(state))
@@ -186,7 +185,7 @@ class CheckpointStore:
                 action()
             except UserError as error:
                 problem = str(error)
-            except (OSError, CheckpointException) as error:
+            except (OSError, _dcp().api.CheckpointException) as error:
                 problem = (
                     f"cannot write a checkpoint into {self.folder} ({_reason(error)}); free the disk and resume the run"
                 )
@@ -237,6 +236,13 @@ def _set_random_state(states: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
+def _dcp() -> ModuleType:
+    """Loaded by whoever first writes or reads: it takes most of a second."""
+    import torch.distributed.checkpoint
+
+    return torch.distributed.checkpoint
+
+
 def _checksums(directory: Path) -> dict[str, str]:
     """SHA-256 of every file but the manifest, by its path inside the checkpoint."""
     sums = {}
@@ -249,7 +255,7 @@ def _checksums(directory: Path) -> dict[str, str]:
 
 def _reason(error: BaseException) -> str:
     """A failed collective save holds the failure of each rank; the first tells enough."""
-    if isinstance(error, CheckpointException):
+    if isinstance(error, _dcp().api.CheckpointException):
         return str(next(iter(error.failures.values()))[0])
     return str(error)
 

@@ -238,7 +238,7 @@ def test_from_the_command_line(cli, places) -> None:
     listed = json.loads(cli(*command, "--dry-run", "--json").out)
     assert [(one["state"], one["hours"]) for one in listed] == [("new", None)] * 2
     assert not (places / "runs").exists()
-    done = cli(*command, "--device", "cpu")
+    done = cli(*command, "--device", "cpu", "--serial")
     assert (done.code, done.err) == (0, "")
     record = json.loads((places / "runs" / "ablate" / listed[1]["id"] / "record.json").read_text())
     assert record["departure"]["base"] == listed[0]["id"]

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from rodimus_lab.ops.tracing import untraced
 
-@torch.compiler.disable  # it is compiled by itself; traced from outside, its block mask would be built at every call
+
+@untraced  # it is compiled by itself; traced from outside, its block mask would be built at every call
 def windowed(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, scale: float, window: int | None) -> Tensor:
     """o_BHTV; token t sees the `window` last tokens up to itself (None: all of them)."""
     blocks = _window_blocks(q_BHTK.shape[2], window, q_BHTK.device)

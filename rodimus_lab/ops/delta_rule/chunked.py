@@ -28,6 +28,7 @@ from torch import Tensor
 from rodimus_lab.ops.delta_rule.naive import Transition
 from rodimus_lab.ops.gated_linear.chunked import SameDocument, between
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.tracing import untraced
 
 CHUNK = 64
 SMALLEST = 4  # Decays between so many tokens are formed directly. Chunks are this long or twice, four times ... it.
@@ -45,7 +46,7 @@ class Decayed(NamedTuple):
 
 
 # torch 2.13's inductor, at lengths that are no whole number of chunks, gets the gradient of the gates wrong.
-@torch.compiler.disable
+@untraced
 def chunked(
     q_BTHK: Tensor,
     v_BTHV: Tensor,
