@@ -33,7 +33,8 @@ setup-opencompass: ## make .venv-opencompass, in which OpenCompass runs this pro
 	.venv-opencompass/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 
 test: setup ## run every test on as many cores as there are, at most 8 (those that need a GPU are skipped without one) [JOBS]
-	$(BIN)/python -m pytest --numprocesses $(or $(JOBS),$$($(BIN)/python -c 'import os; print(min(8, os.cpu_count() or 1))')) --dist worksteal
+	@# Dozens of processes import the project: compiled once, whatever the environment says of bytecode.
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses $(or $(JOBS),$$($(BIN)/python -c 'import os; print(min(8, os.cpu_count() or 1))')) --dist worksteal
 
 test-gpu: setup ## run only the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

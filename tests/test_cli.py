@@ -47,7 +47,7 @@ COMMANDS = [
 
 def process(*arguments, launcher=(), **options):
     command = [sys.executable, "-m", *launcher, "rodimus_lab.cli", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = dict(os.environ)
     return subprocess.Popen(
         command, cwd=PROJECT_ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
@@ -261,12 +261,13 @@ def test_an_interrupt_leaves_a_checkpoint(cli, places):
 
 
 @pytest.mark.slow
-def test_two_processes_speak_once(places):
+def test_two_processes_speak_once(places, texts):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), "-m")
-    done = process("wikitext103", "--budget", "smoke", "--steps", 2, "--device", "cpu", launcher=launcher)
+    command = ("wikitext103", "--budget", "smoke", "--steps", 2, "--corpus", texts, "--device", "cpu")
+    done = process(*command, launcher=launcher)
     out, err = done.communicate(timeout=200)
     assert done.returncode == 0, err
     assert "Traceback" not in err

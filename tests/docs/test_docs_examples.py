@@ -37,7 +37,7 @@ def modules(tmp_path: Path) -> Path:
 
 
 def run(modules: Path, *command: object) -> str:
-    environment = os.environ | {"PYTHONPATH": str(modules), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(modules)}
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True
     )

@@ -61,8 +61,7 @@ def theirs(finished_smoke_run, pydoc_cache):
         [str(PYTHON), str(Path(__file__).with_name("opencompass_side.py"))],
         input=json.dumps({"scored": scored, "model": str(model), "prompts": PROMPTS}),
         cwd=PROJECT_ROOT,
-        env=os.environ
-        | {"RODIMUS_LAB_CACHE": str(pydoc_cache), "PYTHONPATH": str(PROJECT_ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"RODIMUS_LAB_CACHE": str(pydoc_cache), "PYTHONPATH": str(PROJECT_ROOT)},
         capture_output=True,
         text=True,
         timeout=250,

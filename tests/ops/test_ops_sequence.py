@@ -18,7 +18,7 @@ RANKS = 3
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sequence")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
     def start(rank: int) -> subprocess.Popen:
         command = [sys.executable, sequence_fakes.__file__, str(rank), str(RANKS), str(folder)]

@@ -35,7 +35,7 @@ def torchrun(root, *, settings=None, faults=None, changes=CHANGES, restarts=0):
         json.dumps(settings or {}),
         json.dumps(faults or {}),
     ]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
 
 

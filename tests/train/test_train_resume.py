@@ -25,7 +25,7 @@ def launch(root, *, settings=None, faults=None):
         json.dumps(settings or {}),
         json.dumps(faults or {}),
     ]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
 
 
