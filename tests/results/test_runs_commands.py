@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from committed_runs import copy_three
 from filelock import FileLock
 
-from rodimus_lab.records import PROJECT_ROOT, load_records
+from rodimus_lab.records import load_records
 
 RODIMUS, PLUS = "rodimus-b6357da5", "rodimus_plus-36701bfc"
 
@@ -20,7 +21,7 @@ RODIMUS, PLUS = "rodimus-b6357da5", "rodimus_plus-36701bfc"
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The committed runs of Table 1, one of them without its record."""
     root = tmp_path / "runs"
-    shutil.copytree(PROJECT_ROOT / "results" / "runs" / "wikitext103", root / "wikitext103")
+    copy_three(root)
     cut_off = root / "wikitext103" / "rodimus-cut0ff00"
     shutil.copytree(root / "wikitext103" / RODIMUS, cut_off)
     (cut_off / "record.json").unlink()

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from committed_runs import WIKITEXT103, copy_three
 
 from rodimus_lab.records import PROJECT_ROOT
 from rodimus_lab.site import build_site
@@ -18,12 +19,11 @@ HOSTILE_RUN = "rodimus-0badc0de"
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("results")
-    committed = PROJECT_ROOT / "results" / "runs" / "wikitext103"
-    shutil.copytree(committed, root / "runs" / "wikitext103")
+    copy_three(root / "runs")
     shutil.copytree(PROJECT_ROOT / "results" / "figures", root / "figures")
     (root / "figures" / "figure01b.csv").write_text("other numbers\n")
     run = root / "runs" / "wikitext103" / HOSTILE_RUN
-    shutil.copytree(committed / "rodimus-b6357da5", run)
+    shutil.copytree(WIKITEXT103 / "rodimus-b6357da5", run)
     record = json.loads((run / "record.json").read_text())
     record |= {"id": HOSTILE_RUN, "corpus": HOSTILE, "device": HOSTILE, "commit": HOSTILE}
     record["metrics"][HOSTILE] = 1.5
