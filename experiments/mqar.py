@@ -35,8 +35,8 @@ EPOCHS = {"6": 64, "1b": 32}
 CLOSE = 0.03
 SEEDS = 3
 SHORT = 8  # The short budget has one epoch for so many of the paper's.
-SMOKE = {"seq_len": 32, "num_pairs": 4, "vocab_size": 256, "width": 32, "expansion": 16, "lr": 2e-2}
-SMOKE_EXAMPLES, SMOKE_EPOCHS, SMOKE_BATCH = 12_800, 3, 32
+SMOKE = {"seq_len": 64, "num_pairs": 4, "vocab_size": 256, "width": 32, "expansion": 16, "lr": 1.4e-2}
+SMOKE_EXAMPLES, SMOKE_EPOCHS, SMOKE_BATCH = 8_000, 3, 16
 
 
 def run_all(recipes: Sequence[Recipe], train_all: TrainAll) -> None:

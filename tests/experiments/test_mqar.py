@@ -183,7 +183,7 @@ def test_the_command_trains_and_reports(cli, places, monkeypatch):
     assert result.code == 0, result
     assert "test accuracy" in result.out
     (run,) = load_records(experiment="mqar")
-    assert run.corpus == "mqar-32x4"
+    assert run.corpus == "mqar-64x4"
     assert (places / "tables" / "figure06.md").is_file()
     again = cli("mqar", "--budget", "smoke", "--device", "cpu")
     assert (again.code, len(load_records(experiment="mqar"))) == (0, 1)
