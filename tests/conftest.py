@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import json
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from filelock import FileLock
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # And of the processes that tests start.
@@ -57,16 +59,30 @@ def run_cli(*arguments: object) -> Result:
     return Result(code if isinstance(code, int) else 1, out.getvalue(), err.getvalue())
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder which the first process of the tests that asks for it makes, and all of them read."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def pydoc_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the corpus `pydoc` prepared in tokens of its own."""
     from rodimus_lab.data import prepare
 
-    cache = tmp_path_factory.mktemp("pydoc") / "cache"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RODIMUS_LAB_CACHE", str(cache))
-        prepare("pydoc", "pydoc-4096", workers=1, progress=False)
-    return cache
+    def make(root: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RODIMUS_LAB_CACHE", str(root / "cache"))
+            prepare("pydoc", "pydoc-4096", workers=1, progress=False)
+
+    return made_once(tmp_path_factory, "pydoc", make) / "cache"
 
 
 @pytest.fixture
@@ -101,16 +117,19 @@ class SmokeRun(NamedTuple):
 
 @pytest.fixture(scope="session")
 def finished_smoke_run(tmp_path_factory: pytest.TempPathFactory, pydoc_cache: Path) -> SmokeRun:
-    root = tmp_path_factory.mktemp("smoke")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RODIMUS_LAB_CACHE", str(pydoc_cache))
-        patch.setenv("RODIMUS_LAB_RESULTS", str(root / "runs"))
-        patch.setenv("RODIMUS_LAB_CHECKPOINTS", str(root / "checkpoints"))
-        patch.delenv("RODIMUS_LAB_DATA", raising=False)
-        result = run_cli("wikitext103", "--budget", "smoke", "--steps", 4, "--device", "cpu")
-    assert result.code == 0, result.err
+    def make(root: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RODIMUS_LAB_CACHE", str(pydoc_cache))
+            patch.setenv("RODIMUS_LAB_RESULTS", str(root / "runs"))
+            patch.setenv("RODIMUS_LAB_CHECKPOINTS", str(root / "checkpoints"))
+            patch.delenv("RODIMUS_LAB_DATA", raising=False)
+            result = run_cli("wikitext103", "--budget", "smoke", "--steps", 4, "--device", "cpu")
+        assert result.code == 0, result.err
+        (root / "said.json").write_text(json.dumps(result))
+
+    root = made_once(tmp_path_factory, "smoke", make)
     (run,) = (root / "runs" / "wikitext103").iterdir()
-    return SmokeRun(result, run.name, root)
+    return SmokeRun(Result(*json.loads((root / "said.json").read_text())), run.name, root)
 
 
 @pytest.fixture
