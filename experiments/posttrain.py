@@ -87,7 +87,8 @@ def read_pairs(path: Path, method: Method) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a file of JSON lines") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"{path} cannot be read ({reason}); give a file of JSON lines") from None
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
