@@ -114,8 +114,9 @@ def needlebench(
     kept = score_run(checkpoint.build(device=kind), examined, spec, source, measure, facts, batch_tokens=batch_tokens)
     for line in lines(kept):
         print(line)
-    for path in write_figure(heat_maps(kept), runs_root().parent / "figures", f"{EXPERIMENT}-{kept.id}"):
-        print(path)
+    for record in _maps([kept]):
+        for path in write_figure(heat_maps(record), runs_root().parent / "figures", f"{EXPERIMENT}-{record.id}"):
+            print(path)
 
 
 class Examined(NamedTuple):

@@ -87,17 +87,19 @@ def read_pairs(path: Path, method: Method) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a file of JSON lines") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"{path} cannot be read ({reason}); give a file of JSON lines") from None
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             pair = json.loads(line)
-            missing = [key for key in ("messages", *ANSWERS[method]) if key not in pair]
-        except (ValueError, TypeError):
-            raise UserError(f"line {number} of {path} is no JSON object; give one pair a line") from None
-        if missing:
+        except ValueError:
+            pair = None
+        if not isinstance(pair, dict):
+            raise UserError(f"line {number} of {path} is no JSON object; give one pair a line")
+        if missing := [key for key in ("messages", *ANSWERS[method]) if key not in pair]:
             raise UserError(f"line {number} of {path} has no {missing[0]!r}, which {method} needs; add it")
         found.append(pair)
     if len(found) < 2:
@@ -110,16 +112,30 @@ def encode(pairs: Sequence[dict[str, Any]], method: Method, encoder: ChatTokeniz
     found = []
     for number, pair in enumerate(pairs, 1):
         try:
-            chat = Chat(pair["messages"], pair.get("system"))
-            if not chat.messages or chat.messages[-1]["role"] == "ASSISTANT":
-                raise UserError("the messages do not end with one of HUMAN or OBSERVATION")
-            if wrong := [key for key in ANSWERS[method] if not isinstance(pair[key], str) or not pair[key]]:
-                raise UserError(f"{wrong[0]!r} is no text")
-        except (UserError, TypeError, AttributeError) as error:
-            raise UserError(f"pair {number}: {str(error).rstrip('.')}; correct it") from None
-        answers = tuple([*encoder.encode(pair[key]), eos] for key in ANSWERS[method])
-        found.append(Pair(encoder.encode(chat.prompt), answers))
+            prompt, texts = _parts(pair, method)
+        except UserError as error:
+            raise UserError(f"pair {number}: {error}; correct it") from None
+        found.append(Pair(encoder.encode(prompt), tuple([*encoder.encode(text), eos] for text in texts)))
     return found
+
+
+def _parts(pair: dict[str, Any], method: Method) -> tuple[str, list[str]]:
+    """The prompt and the answers. Raises `UserError` for what is not in the chat format."""
+    messages, system = pair["messages"], pair.get("system")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UserError("'messages' is no list of objects")
+    chat = Chat(messages, system)
+    if not messages or messages[-1]["role"] == "ASSISTANT":
+        raise UserError("the messages do not end with one of HUMAN or OBSERVATION")
+    texts = {key: pair[key] for key in ANSWERS[method]} | ({} if system is None else {"system": system})
+    for key, text in texts.items():
+        if not isinstance(text, str) or not text:
+            raise UserError(f"{key!r} is no text")
+    try:
+        "".join((chat.prompt, *texts.values())).encode()
+    except UnicodeEncodeError:
+        raise UserError("half of a surrogate pair is no text") from None
+    return chat.prompt, [texts[key] for key in ANSWERS[method]]
 
 
 def answer_logps(model: LanguageModel, pairs: Sequence[Pair], which: int) -> list[float]:
@@ -259,7 +275,7 @@ def posttrain(
         pairs={"source": MADE_UP if pairs is None else pairs.name, "sha256": digest},
         steps=steps or (SMOKE_STEPS if small else max(1, epochs * len(trained) // batch_size)),
         batch_size=batch_size,
-        lr=lr or (1e-3 if small else LEARNING_RATES[method]),
+        lr=lr if lr is not None else 1e-3 if small else LEARNING_RATES[method],
         beta=beta if method == "dpo" else None,
         max_length=max_length,
         seed=seed,

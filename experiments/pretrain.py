@@ -53,6 +53,7 @@ def pretrain(
     corpora = {"--language": language, "--code": code, "--synthetic": synthetic}
     if missing := [option for option, corpus in corpora.items() if corpus is None and not small]:
         raise UserError(f"the paper's corpora are not public; give {' and '.join(missing)}, a corpus or a folder each")
+    wanted = SIZES[_known(size)]
     text, source, made = (corpus or "pydoc" for corpus in corpora.values())
     rest = (1 - annealing_synthetic) / 2
     mixtures = {
@@ -77,7 +78,7 @@ def pretrain(
         )
     architecture = model_config(
         model,
-        size=SIZES["smoke"]._replace(context=data.seq_len) if small else SIZES[_known(size)]._replace(context=CONTEXT),
+        size=(SIZES["smoke"] if small else wanted)._replace(context=data.seq_len),
         vocab_size=padded_vocab_size(data.tokenizer),
     )
     return [

@@ -54,7 +54,8 @@ class RodimusLab(BaseModel):
         rows: list[list[int]] = [[] for _ in prompts]
         ended = [False] * len(prompts)
         with scoring(self.model):
-            decoder = Decoder(self.model, len(prompts), self.max_seq_len, Sampling(temperature=0), stop=[eos])
+            context = max(map(len, prompts)) + max_out_len
+            decoder = Decoder(self.model, len(prompts), context, Sampling(temperature=0), stop=[eos])
             decoder.prefill(prompts)
             for token_B in decoder.tokens(max_out_len):
                 for row, token in enumerate(token_B):

@@ -28,7 +28,7 @@ KINDS: dict[Task, tuple[str, str]] = {
 HAYSTACKS = {"en": "PaulGrahamEssays.jsonl", "zh": "zh_finance.jsonl"}
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 SLASH = "__"
-LONGEST_PROMPT = 1 << 15
+LONGEST_PROMPT = 1 << 17  # Tokens of the model: 32k of gpt-4's, of Chinese more than twice as many in others.
 
 
 def abbreviation(cell: Cell) -> str:
@@ -82,17 +82,32 @@ def spec_of_environment() -> Spec:
     """The cells that the variables NEEDLEBENCH_LENGTHS, _DEPTHS, _TASKS, _LANGUAGES, _REPEATS, _BUFFER, _MAX_NEW_TOKENS
     and _LENGTH_TOKENIZER ask for; lists have commas. The default is the first published set, of up to 4k."""
     given: dict[str, Any] = {"lengths": (1000, 2000, 3000, 4000)}
-    numbers = ("lengths", "depths", "repeats", "buffer", "max_new_tokens")
-    for field in (*numbers, "tasks", "languages", "length_tokenizer"):
-        text = os.environ.get(f"NEEDLEBENCH_{field.upper()}")
-        if text is None:
-            continue
-        try:
-            values = [int(part) if field in numbers else part for part in text.split(",")]
-        except ValueError:
-            raise UserError(f"NEEDLEBENCH_{field.upper()} is {text!r}; give whole numbers") from None
-        given[field] = tuple(values) if field in ("lengths", "depths", "tasks", "languages") else values[0]
-    return Spec.from_dict(given)
+    for field in ("lengths", "depths"):
+        if text := _variable(field):
+            given[field] = tuple(_whole_number(field, part) for part in text.split(","))
+    for field in ("repeats", "buffer", "max_new_tokens"):
+        if text := _variable(field):
+            given[field] = _whole_number(field, text)
+    for field in ("tasks", "languages"):
+        if text := _variable(field):
+            given[field] = tuple(text.split(","))
+    if text := _variable("length_tokenizer"):
+        given["length_tokenizer"] = text
+    spec = Spec.from_dict(given)
+    if other := set(spec.tasks) - set(KINDS):
+        raise UserError(f"NEEDLEBENCH_TASKS: {other.pop()!r} is not in this config; choose among {', '.join(KINDS)}")
+    return spec
+
+
+def _variable(field: str) -> str | None:
+    return os.environ.get(f"NEEDLEBENCH_{field.upper()}")
+
+
+def _whole_number(field: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"NEEDLEBENCH_{field.upper()}: {text!r} is no whole number; give one") from None
 
 
 def from_environment() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -106,7 +121,7 @@ def from_environment() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         "abbr": Path(os.environ["RODIMUS_LAB_MODEL"].removesuffix("/final")).name,
         "path": os.environ["RODIMUS_LAB_MODEL"],
         "max_seq_len": LONGEST_PROMPT + spec.max_new_tokens,
-        "batch_size": int(os.environ.get("NEEDLEBENCH_BATCH_SIZE", "8")),
+        "batch_size": _whole_number("batch_size", _variable("batch_size") or "8"),
         "run_cfg": {"num_gpus": 0},
     }
     return data_sets(spec, Path(os.environ["NEEDLEBENCH_DATA"])), [model]
@@ -118,9 +133,12 @@ def read_results(folder: Path, spec: Spec) -> dict[str, dict[str, Any]]:
     for cell in spec.cells():
         path = folder / f"{abbreviation(cell)}.json"
         if path.is_file():
-            result = json.loads(path.read_text(encoding="utf-8"))
             names = [f"Depth{depth}" for depth in spec.depths] if cell.task == "multi_retrieval" else ["score"]
-            found[cell.key] = {"scores": [result[name] for name in names]}
+            try:
+                result = json.loads(path.read_text(encoding="utf-8"))
+                found[cell.key] = {"scores": [float(result[name]) for name in names]}
+            except (OSError, ValueError, KeyError, TypeError):
+                raise UserError(f"{path} has no {' or '.join(names)} in it; run OpenCompass on it again") from None
         else:
             found[cell.key] = {"impossible": "OpenCompass left no result"}
     return found
@@ -128,13 +146,19 @@ def read_results(folder: Path, spec: Spec) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Print the means of every model with results under WORK_DIR, with the weights of the built-in NeedleBench."""
-    if len(sys.argv) != 2:
-        print("error: give OpenCompass's work folder", file=sys.stderr)
+    try:
+        _summarize_all(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    folders = sorted(Path(sys.argv[1]).glob("*/results/*/"))
+
+
+def _summarize_all(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise UserError("give one argument, OpenCompass's work folder")
+    folders = sorted(Path(arguments[0]).glob("*/results/*/"))
     if not folders:
-        print(f"error: there are no results under {sys.argv[1]}; give the folder of -w", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"there are no results under {arguments[0]}; give the folder of -w")
     spec = spec_of_environment()
     for folder in folders:
         metrics = summarize(spec, read_results(folder, spec))

@@ -178,8 +178,11 @@ def _without_seed(run: Record) -> dict[str, Any]:
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """A nested recipe as pairs of dotted path and plain value."""
-    if not value or not isinstance(value, dict | list):
+    """A nested recipe as pairs of dotted path and plain value, which a list of plain values is, too."""
+    nested = (
+        any(isinstance(item, dict | list) for item in value) if isinstance(value, list) else isinstance(value, dict)
+    )
+    if not value or not nested:
         yield path, value
         return
     for name, item in value.items() if isinstance(value, dict) else enumerate(value):

@@ -152,6 +152,7 @@ class TestRecipe:
             (("--budget", "paper"), "give --language and --code and --synthetic"),
             (("--budget", "paper", "--language", "a", "--code", "b"), "give --synthetic"),
             (("--budget", "smoke", "--coding-code", "1.5"), "--coding-code"),
+            (("--budget", "smoke", "--size", "9b"), "--size: '9b' is no size; choose among"),
         ):
             result = cli("pretrain", *arguments)
             assert result.code == 2

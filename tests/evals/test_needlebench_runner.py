@@ -238,6 +238,17 @@ def test_the_command(cli, smoke_run, tmp_path) -> None:
     assert len(load_records(experiment="needlebench")) == 1
 
 
+def test_ancestry_alone_has_no_heat_map(cli, smoke_run, tmp_path) -> None:
+    folder = write_files(tmp_path / "files")
+    arguments = ["needlebench", smoke_run.id, "--data-dir", folder, "--length-tokenizer", "model", "--device", "cpu"]
+    arguments += ["--task", "ancestry", "--language", "en", "--repeats", 1, "--max-new-tokens", 2]
+    before = sorted((smoke_run.root / "figures").glob("*"))
+    result = cli(*arguments)
+    assert result.code == 0, result.err
+    assert "ancestry en" in result.out
+    assert sorted((smoke_run.root / "figures").glob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [

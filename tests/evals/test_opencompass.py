@@ -13,7 +13,14 @@ import torch
 from evals.needlebench.prompts import Example
 from evals.needlebench.scores import of_cell, score, summarize
 from evals.needlebench.spec import DEPTHS, Spec
-from evals.opencompass.needlebench import abbreviation, data_sets, from_environment, read_results, spec_of_environment
+from evals.opencompass.needlebench import (
+    abbreviation,
+    data_sets,
+    from_environment,
+    main,
+    read_results,
+    spec_of_environment,
+)
 from rodimus_lab.convert import open_checkpoint
 from rodimus_lab.errors import UserError
 from rodimus_lab.generate import stream
@@ -156,7 +163,44 @@ class TestConfig:
         monkeypatch.setenv("NEEDLEBENCH_MAX_NEW_TOKENS", "16")
         sets, (model,) = from_environment()
         assert len(sets) == 2 * 20 * 2
-        assert (model["abbr"], model["max_seq_len"]) == ("rodimus-1", 32768 + 16)
+        assert (model["abbr"], model["max_seq_len"]) == ("rodimus-1", 131072 + 16)
         monkeypatch.setenv("NEEDLEBENCH_LENGTHS", "many")
-        with pytest.raises(UserError, match="NEEDLEBENCH_LENGTHS is 'many'; give whole numbers"):
+        with pytest.raises(UserError, match="NEEDLEBENCH_LENGTHS: 'many' is no whole number"):
             spec_of_environment()
+
+    @pytest.mark.parametrize(
+        ("variable", "text", "reason"),
+        [
+            ("BATCH_SIZE", "few", "NEEDLEBENCH_BATCH_SIZE: 'few' is no whole number"),
+            ("REPEATS", "1,2", "NEEDLEBENCH_REPEATS: '1,2' is no whole number"),
+            ("TASKS", "ancestry", "NEEDLEBENCH_TASKS: 'ancestry' is not in this config; choose among single_retrieval"),
+            ("LANGUAGES", "fr", "'fr'"),
+        ],
+    )
+    def test_a_variable_that_makes_no_sense_is_named(self, monkeypatch, tmp_path, variable, text, reason):
+        monkeypatch.setenv("RODIMUS_LAB_MODEL", "run")
+        monkeypatch.setenv("NEEDLEBENCH_DATA", str(tmp_path))
+        monkeypatch.setenv(f"NEEDLEBENCH_{variable}", text)
+        with pytest.raises(UserError, match=reason):
+            from_environment()
+
+    @pytest.mark.parametrize("text", ["{}", "[]", "cut off {", '{"score": "high"}'])
+    def test_a_result_that_is_none_is_named(self, tmp_path, text):
+        file = f"{abbreviation(SPEC.cells()[0])}.json"
+        (tmp_path / file).write_text(text)
+        with pytest.raises(UserError, match=f"{file} has no score in it"):
+            read_results(tmp_path, SPEC)
+
+    def test_the_summary_ends_in_one_sentence(self, monkeypatch, tmp_path, capsys):
+        (tmp_path / "20260101" / "results" / "model").mkdir(parents=True)
+        for arguments, variable, reason in (
+            ([], "1000", "error: give one argument"),
+            ([str(tmp_path / "none")], "1000", "error: there are no results under"),
+            ([str(tmp_path)], "many", "error: NEEDLEBENCH_LENGTHS: 'many'"),
+        ):
+            monkeypatch.setattr("sys.argv", ["needlebench", *arguments])
+            monkeypatch.setenv("NEEDLEBENCH_LENGTHS", variable)
+            with pytest.raises(SystemExit) as ended:
+                main()
+            assert ended.value.code == 2
+            assert capsys.readouterr().err.startswith(reason)

@@ -39,7 +39,10 @@ def test_pairs_become_the_chat_format(tokenizer):
         ({"messages": [{"role": "USER", "content": "x"}], "completion": "y"}, "unknown role 'USER'"),
         ({"messages": HELLO, "completion": ""}, "'completion' is no text"),
         ({"messages": HELLO, "completion": 3}, "'completion' is no text"),
-        ({"messages": 3, "completion": "x"}, "pair 1"),
+        ({"messages": 3, "completion": "x"}, "'messages' is no list of objects"),
+        ({"messages": ["x"], "completion": "x"}, "'messages' is no list of objects"),
+        ({"messages": HELLO, "system": 5, "completion": "x"}, "'system' is no text"),
+        ({"messages": HELLO, "completion": "\ud800"}, "half of a surrogate pair"),
     ],
 )
 def test_pairs_that_are_none(pair, said, tokenizer):
@@ -54,6 +57,8 @@ def test_pairs_that_are_none(pair, said, tokenizer):
         ("{}\n", "line 1 of .* has no 'messages'"),
         (json.dumps({"messages": HELLO, "chosen": "x"}), "has no 'completion', which sft needs"),
         ("nothing\n", "line 1 of .* is no JSON object"),
+        ('["messages", "completion"]\n', "line 1 of .* is no JSON object"),
+        ('"messages completion"\n', "line 1 of .* is no JSON object"),
         (json.dumps({"messages": HELLO, "completion": "x"}), "fewer than two pairs"),
     ],
 )
@@ -62,7 +67,7 @@ def test_files_that_are_none(tmp_path, text, said):
     path.write_text(text)
     with pytest.raises(UserError, match=said):
         read_pairs(path, "sft")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"none.jsonl cannot be read \(No such file"):
         read_pairs(tmp_path / "none.jsonl", "sft")
 
 
@@ -141,6 +146,7 @@ class TestTrl:
             (("--pairs", tmp_path / "none.jsonl"), "none.jsonl cannot be read"),
             (("--budget", "smoke", "--max-length", 2), "only 0 pairs are of at most 2 tokens"),
             (("--method", "ppo"), "--method"),
+            (("--budget", "smoke", "--lr", 0), "lr: input should be greater than 0"),
         ):
             result = cli("posttrain", smoke_run.id, *arguments)
             assert result.code == 2

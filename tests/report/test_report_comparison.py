@@ -135,6 +135,11 @@ def test_runs_that_differ_in_settings_are_never_averaged():
     ]
 
 
+def test_a_list_of_plain_values_is_one_setting():
+    runs = [record("rodimus", 20.0, depths=[0, 50, 100]), record("rodimus", 21.0, depths=[0])]
+    assert [row[1].text for row in compare(runs).rows[1:3]] == ["depths=[0, 50, 100]", "depths=[0]"]
+
+
 def test_nested_settings_are_named_by_their_path():
     runs = [record("rodimus", 20.0, blocks=[{"mixer": {}}]), record("rodimus", 21.0, blocks=[{"mixer": {"tau": None}}])]
     assert [row[1].text for row in compare(runs).rows[1:3]] == [
