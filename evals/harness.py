@@ -12,6 +12,8 @@ import typer
 from evals.open_models import OPEN_MODELS
 from rodimus_lab.command import command
 from rodimus_lab.errors import UserError
+from rodimus_lab.records import load_records
+from rodimus_lab.report import overlaps
 
 
 def require_lm_eval() -> None:
@@ -94,6 +96,10 @@ def evaluate_models(
             run = evaluate(find_subject(name, options, fresh=fresh), tasks, options, limit)
             said = f"{name}{', untrained' if fresh else ''}"
             print(f"{said}: kept as {run.experiment}/{run.id}; rodimus-lab report rebuilds the tables")
+            for warning in overlaps(
+                record for record in load_records(experiment=run.experiment) if record.id == run.id
+            ):
+                print(warning)
         except UserError as error:
             if len(asked) == 1:
                 raise

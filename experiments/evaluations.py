@@ -14,7 +14,7 @@ from evals.joining import joined
 from evals.open_models import OPEN_MODELS
 from rodimus_lab.experiment import report
 from rodimus_lab.records import Record
-from rodimus_lab.report import Cell, Metric, PaperResults, PaperRow, Table, paper_vs_measured
+from rodimus_lab.report import Cell, Metric, PaperResults, PaperRow, Table, overlaps, paper_vs_measured
 
 PAPER_CORPUS = "pile"
 NOT_RUN = "not run"
@@ -80,15 +80,16 @@ def table10(records: Sequence[Record], paper: PaperResults) -> Table:
 @report("table11", experiments=("eval",))
 def table11(records: Sequence[Record], paper: PaperResults) -> Table:
     """Table 11: recall tasks, 1,024 tokens in and 512 out."""
+    rows = _rows(records, RECALL, average=[name for _, name, _ in RECALL])
     return paper_vs_measured(
         paper.table(11),
-        _rows(records, RECALL, average=[name for _, name, _ in RECALL]),
+        rows,
         title="Table 11. Recall tasks, accuracy in %",
         metrics=_metrics(RECALL, "avg"),
         record_key=lambda record: (RECALL_MODELS.get(record.recipe["model"]["name"], record.label),),
         paper_corpus=PAPER_CORPUS,
         missing=NOT_RUN,
-        notes=(FORMAT_NOTE, ERRORS),
+        notes=(FORMAT_NOTE, ERRORS, *overlaps(rows)),
     )
 
 

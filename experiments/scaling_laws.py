@@ -19,16 +19,17 @@ from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.zoo import MODELS, SIZES, Size, model_config, slug
 from rodimus_lab.recipe import BudgetConfig, DataConfig, OptimizerConfig, Recipe, ScheduleConfig
 from rodimus_lab.registry import load_plugins
+from rodimus_lab.settings import SETTINGS
 
 NAME = "scaling-laws"
 FOUR = ("rodimus", "rodimus+", "mamba2", "transformer++")
 TABLE_6_MODELS = ("transformer++", "transformer++-swa", "hgrn2", "mamba", "mamba2", "rodimus", "rodimus+")
 TABLE_6_SIZE = "350m"
 TABLE_6_SHORT_STEPS = 1_350
-BATCH = 256
-WARMUP_SHARE = 572 / 13_351
+PILE = SETTINGS["pile-7b"]
+WARMUP_SHARE = PILE.warmup_steps / PILE.steps
 MIN_LR = 1e-5
-SEQ_LEN = 2048
+SEQ_LEN = PILE.seq_len
 
 
 class Setting(NamedTuple):
@@ -38,15 +39,23 @@ class Setting(NamedTuple):
     steps: int
     batch: int
     lr: float
-    corpus: str = "pile"
-    tokenizer: str = "gpt-neox"
+    corpus: str = PILE.corpus
+    tokenizer: str = PILE.tokenizer
+
+
+def _of_size(name: str, corpus: str) -> Setting:
+    paper = SETTINGS[name]
+    return Setting(SIZES[name], paper.steps, paper.batch_size, paper.peak_lr, corpus, paper.tokenizer)
 
 
 TABLE_8 = {
-    "125m": Setting(SIZES["125m"], 4_800, BATCH, 6e-4, "pile:2.6b"),
-    "350m": Setting(SIZES["350m"], 13_500, BATCH, 3e-4, "pile:7.1b"),
-    "760m": Setting(SIZES["760m"], 29_000, BATCH, 2.5e-4, "pile:15.3b"),
-    "1.3b": Setting(SIZES["1.3b"], 50_000, BATCH, 2e-4, "pile:26.3b"),
+    name: _of_size(name, corpus)
+    for name, corpus in (
+        ("125m", "pile:2.6b"),
+        ("350m", "pile:7.1b"),
+        ("760m", "pile:15.3b"),
+        ("1.3b", "pile:26.3b"),
+    )
 }
 # Batches of 1.5 x 2^20, 0.75 x 2^20 and 6 x 2^20 tokens, which print as 1.5M, 0.8M and 6.3M. The corpus of the larger
 # ones is not public; the Pile stands in for it.

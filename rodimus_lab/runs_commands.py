@@ -31,7 +31,7 @@ from rodimus_lab.records import (
     runs_root,
     write_atomic,
 )
-from rodimus_lab.report import runs_json, runs_table
+from rodimus_lab.report import overlaps, runs_json, runs_table
 from rodimus_lab.terminal import console, shown
 from rodimus_lab.weights import checkpoints_root
 
@@ -79,6 +79,7 @@ def runs(
     keys = [*(results.Condition.parse(text).key for text in where or ()), *([sort.removeprefix("-")] if sort else [])]
     extra = list(dict.fromkeys([*(column or ()), *(key for key in keys if key not in SHOWN)]))
     console.print(runs_table(records, unfinished, _columns(records, extra)))
+    _warn(overlaps(records, extra))
     if filtered:
         console.print(f"{len(records)} of {len(load_records())} finished runs")
 
@@ -110,6 +111,8 @@ def compare(
     console.print(_table(["metric", *heads, "difference", "noise"], rows, _number))
     if min(found.seeds) < 2:
         console.print("noise is known where both recipes were run with several seeds")
+    records = load_records()
+    _warn(overlaps(results.find(run, records) for run in (first, second)))
 
 
 @app.command()
@@ -184,6 +187,11 @@ def prune(
         for run in chosen:
             shutil.rmtree(run.path)
     console.print(f"deleted: {len(chosen)}")
+
+
+def _warn(sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        console.print(sentence)
 
 
 def _chosen(where: list[str] | None, corpus: str | None, experiment: str | None, sort: str | None) -> list[Record]:

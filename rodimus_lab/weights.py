@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rodimus_lab.errors import UserError
 from rodimus_lab.recipe import Recipe
-from rodimus_lab.records import NAME, PROJECT_ROOT, canonical_json, write_atomic
+from rodimus_lab.records import NAME, PROJECT_ROOT, RECORD, canonical_json, runs_root, write_atomic
 
 MODEL, RECIPE, FINAL = "model.safetensors", "recipe.json", "final"
 
@@ -81,6 +81,11 @@ def find_model(run: str | Path, root: Path | str | None = None) -> Path:
         places.append(base / run / FINAL)
     found = [place for place in places if (place / MODEL).is_file()]
     if not found:
+        if isinstance(run, str) and NAME.fullmatch(run) and any(runs_root().glob(f"*/{run}/{RECORD}")):
+            raise UserError(
+                f"{run!r} has a record, but no weights under {base}, as committed runs have none; to train it again, "
+                "set RODIMUS_LAB_RESULTS to another folder"
+            )
         raise UserError(f"no weights of {str(run)!r} are in that folder or under {base}; train the run first")
     if len(found) > 1:
         raise UserError(f"{str(run)!r} is ambiguous: {', '.join(map(str, found))}; give one of these folders")

@@ -15,6 +15,7 @@ from rodimus_lab.report.figure import (
     write_figures,
 )
 from rodimus_lab.report.order import with_order
+from rodimus_lab.report.overlap import overlaps
 from rodimus_lab.report.paper import PaperResults, PaperRow, Printed, paper_table
 from rodimus_lab.report.runs import runs_json, runs_table
 from rodimus_lab.report.table import Cell, Column, Table
@@ -37,6 +38,7 @@ __all__ = [
     "PaperRow",
     "Printed",
     "Table",
+    "overlaps",
     "paper_table",
     "paper_vs_measured",
     "quoted_tables",

@@ -43,8 +43,9 @@ def runs_table(
     """The same for a terminal, in short; a section for each experiment. `extra` are further columns: heading ->
     `experiment/id` -> text."""
     table = RichTable(box=box.SIMPLE)
-    table.add_column("run", no_wrap=True)
-    for name in ("corpus", "budget", "device"):
+    for name in ("run", "corpus"):
+        table.add_column(name, no_wrap=True, overflow="fold")
+    for name in ("budget", "device"):
         table.add_column(name, overflow="fold")
     table.add_column("test ppl", justify="right")
     for name in extra or {}:

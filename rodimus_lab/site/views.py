@@ -20,7 +20,7 @@ from rodimus_lab.experiment import EXPERIMENTS, REPORTS
 from rodimus_lab.nn import zoo
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config, slug
 from rodimus_lab.records import SAMPLES, Record, RunDir
-from rodimus_lab.report import Cell, Table
+from rodimus_lab.report import Cell, Table, overlaps
 from rodimus_lab.report.artefacts import Artefact
 from rodimus_lab.site.charts import Chart, Diagram, charts_of, diagrams_of
 
@@ -180,6 +180,7 @@ class RunView:
     differences: Sequence[tuple[str, str, str]]
     charts: Sequence[Chart]
     samples: Sequence[Mapping[str, str]]
+    warnings: Sequence[str] = ()
     seeds: Sequence[str] = field(default_factory=list)
 
     @classmethod
@@ -195,6 +196,7 @@ class RunView:
             [(path, _said(there), _said(here)) for path, there, here in differences],
             charts_of(lines),
             samples_of(record.path),
+            overlaps([record]),
             [other.id for other in same if other.id != record.id],
         )
 

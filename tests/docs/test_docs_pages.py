@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from committed_runs import copy_three
 
 from experiments import reproducing
 from rodimus_lab.records import PROJECT_ROOT
@@ -47,7 +48,8 @@ def test_commands_are_there_with_their_options(cli, path: Path) -> None:
 
 
 def test_the_tour_can_be_walked(cli, smoke_run) -> None:
-    """Every command of it, but for the training, which the smoke run has behind it."""
+    """Every command of it, but for the training, which the smoke run has behind it, beside committed runs."""
+    copy_three(smoke_run.root / "runs")
     walked = []
     for _, *words in commands(PROJECT_ROOT / "docs" / "tour.md"):
         if words[0] == "wikitext103":

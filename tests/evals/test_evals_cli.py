@@ -19,6 +19,7 @@ ROWS = {
     ],
     "piqa.jsonl": [{"query": "Question: To cut\n", "choices": ["use a knife", "use a spoon"], "gold": 1}] * 5,
     "lambada_openai.jsonl": [{"context": "He looked at the", "continuation": "file"}] * 3,
+    "squad.jsonl": [{"text": "Ann won. The winner was", "value": "Ann"}] * 2,
     "nq.jsonl": [{"context": "Ann won in 1999.", "question": "the winner was", "answers": ["Ann"]}] * 2,
 }
 
@@ -115,6 +116,16 @@ class TestWithLmEval:
         assert "1,024 tokens in and 4 out" in record.budget_text
         assert record.metrics["recall_nq.contains"] == 0
         assert cli("report", "table11").code == 0
+
+    def test_a_score_on_texts_that_were_trained_on_says_so(self, cli, smoke_run, folder):
+        path = smoke_run.root / "checkpoints" / "wikitext103" / smoke_run.id / "final" / "recipe.json"
+        recipe = json.loads(path.read_text())
+        recipe["data"]["corpus"] = "enwiki-25k"
+        path.write_text(json.dumps(recipe))
+        command = ("eval", smoke_run.id, "--suite", "recall_squad", "--data-dir", folder, "--recall-generation", 4)
+        result = cli(*command, "--device", "cpu")
+        assert result.code == 0, result.err
+        assert "at least 24 of the 48 articles" in result.out
 
     @pytest.mark.parametrize(
         ("arguments", "names"),

@@ -9,7 +9,7 @@ import pytest
 from evals.open_models import OPEN_MODELS
 from experiments.evaluations import DOWNSTREAM, RECALL, table2, table10, table11
 from rodimus_lab.records import PUBLISHED, Record
-from rodimus_lab.report import PaperResults, to_csv, to_latex, to_markdown
+from rodimus_lab.report import PaperResults, overlaps, to_csv, to_latex, to_markdown
 
 PAPER = PaperResults()
 ACCURACIES = [name for _, name, _ in DOWNSTREAM if name != "lambada_openai.perplexity"]
@@ -153,3 +153,33 @@ def test_recall_rows_and_average():
     assert shown(table, "AVG (published weights", 0) == f"35.00 ± {100 * 0.03 * 6**0.5 / 6:.2f}"
     assert shown(table, "AVG (published weights", 1) == "not run"
     assert ": stderr" in to_csv(table)
+
+
+SQUAD = {"recall_squad.contains": 0.25}
+
+
+@pytest.mark.parametrize("corpus", ["enwiki-25k", "enwiki-25k:50m"])
+def test_squad_of_a_model_that_was_trained_on_its_articles_says_so(corpus):
+    for form in (to_markdown, to_latex):
+        assert "at least 24 of the 48 articles" in form(table11([record(SQUAD, corpus=corpus)], PAPER))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "corpus"),
+    [
+        (SQUAD, "pile"),
+        (SQUAD, "no corpus"),
+        ({"recall_nq.contains": 0.25}, "enwiki-25k"),
+        ({"piqa.acc": 1}, "enwiki-25k"),
+    ],
+)
+def test_other_scores_need_no_such_words(metrics, corpus):
+    assert "SQuAD's dev set" not in to_markdown(table11([record(metrics, corpus=corpus)], PAPER))
+
+
+def test_any_form_of_the_benchmark_counts_where_it_is_shown():
+    found = record({"recall_squad_questions.contains": 0.5, "piqa.acc": 1}, corpus="enwiki-25k")
+    (sentence,) = overlaps([found, found])
+    assert sentence.startswith("Scores on SQuAD of models trained on enwiki-25k are not of unseen texts")
+    assert overlaps([found], ["piqa.acc"]) == []
+    assert overlaps([found], ["recall_squad_questions.contains"]) == [sentence]

@@ -52,6 +52,24 @@ def test_two_runs_are_compared(cli, root: Path) -> None:
     assert {"setting": "model.repeats", "first": 12, "second": 6} in parts["recipe"]
 
 
+def test_scores_on_texts_that_were_trained_on_say_so(cli, root: Path) -> None:
+    path = root / "wikitext103" / RODIMUS / "record.json"
+    record = json.loads(path.read_text())
+    record["metrics"]["recall_squad.contains"] = 0.25
+    path.write_text(json.dumps(record))
+    said = "at least 24 of the 48 articles of SQuAD's dev set"
+    assert said in cli("runs", "compare", RODIMUS, PLUS).out
+    assert said in cli("runs", "--column", "recall_squad.contains").out
+    assert said not in cli("runs").out
+
+
+def test_a_committed_run_has_no_weights_and_the_error_says_so(cli, root: Path) -> None:
+    result = cli("generate", RODIMUS, "--prompt", "a")
+    assert result.code == 2
+    assert f"'{RODIMUS}' has a record, but no weights" in result.err
+    assert "set RODIMUS_LAB_RESULTS to another folder" in result.err
+
+
 def test_runs_are_exported(cli, root: Path, tmp_path: Path) -> None:
     result = cli("runs", "export", tmp_path / "out" / "runs.csv", "--where", "model=rodimus")
     assert (result.code, result.err) == (0, "")

@@ -14,6 +14,7 @@ from rodimus_lab.site import build_site
 
 HOSTILE = '</td><script>window.broken=1</script><img src=x onerror="window.broken=1">'
 HOSTILE_RUN = "rodimus-0badc0de"
+SCORED_RUN = "rodimus-0badf00d"
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +34,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "recipe.json").write_text(json.dumps(recipe | {HOSTILE: HOSTILE}))
     (run / "env.json").write_text(json.dumps({HOSTILE: [HOSTILE]}))
     (run / "samples.jsonl").write_text(json.dumps({"prompt": HOSTILE, "text": "more"}) + "\nno sample\n")
+    scored = root / "runs" / "eval" / SCORED_RUN
+    shutil.copytree(WIKITEXT103 / "rodimus-b6357da5", scored)
+    record = json.loads((scored / "record.json").read_text())
+    record |= {"experiment": "eval", "id": SCORED_RUN, "metrics": {"recall_squad.contains": 0.25}}
+    (scored / "record.json").write_text(json.dumps(record))
+    model = {"source": "run", "name": "wikitext103/rodimus-b6357da5"}
+    (scored / "recipe.json").write_text(json.dumps({"model": model, "data": {"source": "local files"}}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RODIMUS_LAB_RESULTS", str(root / "runs"))
         return build_site(root / "site").parent

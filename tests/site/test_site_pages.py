@@ -113,6 +113,12 @@ def test_a_run_says_what_it_is(site: Path, pages: dict[Path, Page]) -> None:
     assert "No samples were kept" not in hostile
 
 
+def test_scores_on_texts_that_were_trained_on_say_so(site: Path, pages: dict[Path, Page]) -> None:
+    said = "at least 24 of the 48 articles of SQuAD's dev set"
+    telling = {path for path, page in pages.items() if said in " ".join(page.text.split())}
+    assert telling == {site / "runs" / "eval" / "rodimus-0badf00d.html", site / "artefacts" / "table11.html"}
+
+
 def test_the_base_is_the_one_that_the_record_names(tmp_path: Path) -> None:
     """A run of a grid, whose experiment makes many recipes of one model, has none unless its record names one."""
     (record,) = [one for one in load_records(COMMITTED, "wikitext103") if one.id == "rodimus-b6357da5"]
