@@ -29,8 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_configure() -> None:
+    gc.disable()  # While thousands of tests are collected, and of what that leaves nothing is searched later.
+
+
 def pytest_collection_finish() -> None:
-    gc.freeze()  # What was imported and collected is not searched again at every collection.
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -182,21 +182,26 @@ def test_without_network_the_error_names_the_corpus_and_both_mends(tmp_path):
 PYDOC_DIGEST = """
 import hashlib
 from rodimus_lab.data.pydoc import extract
-print(hashlib.sha256(repr(extract()).encode()).hexdigest())
+print(hashlib.sha256(repr(extracted).encode()).hexdigest())
 """
 
 
-def test_pydoc_is_the_same_in_every_process():
+@pytest.fixture(scope="module")
+def extracted():
+    return extract()
+
+
+def test_pydoc_is_the_same_in_every_process(extracted):
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     run = subprocess.run(
         [sys.executable, "-c", PYDOC_DIGEST], env=environment, capture_output=True, text=True, check=True
     )
-    assert run.stdout.strip() == hashlib.sha256(repr(extract()).encode()).hexdigest()
+    assert run.stdout.strip() == hashlib.sha256(repr(extracted).encode()).hexdigest()
 
 
-def test_pydoc_is_documentation_of_topics_and_modules_split_by_name():
-    documents = dict(extract())
-    assert len(documents) == len(extract()) > 300
+def test_pydoc_is_documentation_of_topics_and_modules_split_by_name(extracted):
+    documents = dict(extracted)
+    assert len(documents) == len(extracted) > 300
     assert "Serialize ``obj`` as a JSON formatted stream" in documents["module json"]
     assert "def dumps(obj, *, " in documents["module json"]
     assert "topic assert" in documents

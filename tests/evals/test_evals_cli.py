@@ -132,7 +132,10 @@ class TestWithLmEval:
         [
             (["--suite", "arc_easy,piqaa"], ["'piqaa'", "did you mean 'piqa'?", "suites: downstream, recall"]),
             (["--suite", ","], ["--suite names no task"]),
-            (["--suite", "hellaswag"], ["hellaswag.jsonl is missing", "arc_easy, lambada_openai, piqa, recall_nq"]),
+            (
+                ["--suite", "hellaswag"],
+                ["hellaswag.jsonl is missing", "arc_easy, lambada_openai, piqa, recall_squad, recall_nq"],
+            ),
             (["--suite", "downstream"], ["is missing"]),
             (["--limit", "0"], ["--limit", "1"]),
             (["--dtype", "float8"], ["--dtype", "'float32', 'bfloat16'"]),
