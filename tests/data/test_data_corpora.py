@@ -182,7 +182,7 @@ def test_without_network_the_error_names_the_corpus_and_both_mends(tmp_path):
 PYDOC_DIGEST = """
 import hashlib
 from rodimus_lab.data.pydoc import extract
-print(hashlib.sha256(repr(extracted).encode()).hexdigest())
+print(hashlib.sha256(repr(extract()).encode()).hexdigest())
 """
 
 
