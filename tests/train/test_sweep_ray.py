@@ -87,21 +87,6 @@ def test_what_no_machine_can_give_is_refused(tmp_path, cluster):
         sweep([recipe("good")], SweepOptions(cpus_per_run=64), options(tmp_path), run=sweep_fakes.run)
 
 
-@pytest.mark.parametrize(
-    ("address", "message"),
-    [
-        ("nonsense", "'nonsense' is not the address of a Ray cluster; give HOST:PORT"),
-        ("ray://127.0.0.1:10001", "is not the address of a Ray cluster; give HOST:PORT"),
-        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1 .connection refused."),
-        ("127.0.0.1:99999", "no Ray cluster answers at 127.0.0.1:99999"),
-    ],
-)
-def test_a_bad_address(tmp_path, address, message):
-    with pytest.raises(UserError, match=message):
-        sweep([recipe("good")], SweepOptions(ray_address=address), options(tmp_path), run=sweep_fakes.run)
-    assert not list(tmp_path.rglob("*.jsonl"))
-
-
 @pytest.mark.slow
 def test_from_the_command_line_over_a_cluster(places, texts, cluster):
     command = (
