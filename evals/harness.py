@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from evals.open_models import OPEN_MODELS
-from rodimus_lab.command import command
+from rodimus_lab.command import command, require_packages
 from rodimus_lab.errors import UserError
 from rodimus_lab.records import load_records
 from rodimus_lab.report import overlaps
@@ -18,9 +17,7 @@ from rodimus_lab.report import overlaps
 
 def require_lm_eval() -> None:
     """Raise `UserError` where lm-eval or what it needs for transformers' models is not installed."""
-    for module in ("lm_eval", "accelerate", "transformers"):
-        if find_spec(module) is None:
-            raise UserError(f"the package {module} is not installed; run: pip install -e '.[eval]'")
+    require_packages("eval", "lm_eval", "accelerate", "transformers")
 
 
 @command("eval", panel="Evaluation")

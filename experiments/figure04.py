@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Literal, get_args
 
-from rodimus_lab.accounting import Architecture, Mamba2, paper_accounting
+from rodimus_lab.accounting import Architecture, Mamba2, NoPaperRule, paper_accounting
 from rodimus_lab.experiment import report
 from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.zoo import SIZES, model_config
@@ -61,7 +61,7 @@ def training_flops(config: LanguageModelConfig, seq_len: int, sequences: int, ru
         return config.training_flops_per_token(seq_len) * seq_len * sequences
     try:
         return paper_accounting(counted(config), seq_len).training_flops * sequences
-    except NotImplementedError:
+    except NoPaperRule:
         return None
 
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,7 +19,7 @@ import torch
 import typer
 from pydantic import Field
 
-from rodimus_lab.command import command
+from rodimus_lab.command import command, require_packages
 from rodimus_lab.config import Config
 from rodimus_lab.convert import CHAT_TEMPLATE, Chat, ChatTokenizer, Checkpoint, open_checkpoint, write_native
 from rodimus_lab.convert.provenance import provenance
@@ -222,13 +221,6 @@ def train(
     trainer.train()
 
 
-def require_trl() -> None:
-    """Raise `UserError` where TRL or what it stands on is not installed."""
-    for module in ("trl", "datasets", "transformers"):
-        if find_spec(module) is None:
-            raise UserError(f"the package {module} is not installed; run: pip install -e '.[posttrain]'")
-
-
 @command("posttrain", panel="Experiments")
 def posttrain(
     source: Annotated[str, typer.Argument(help="A run id, or a checkpoint directory of any layout.")],
@@ -251,7 +243,7 @@ def posttrain(
     device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Default: cuda where there is one.")] = None,
 ) -> None:
     """Fine-tune a model on answers, or on preferences between answers, in the authors' chat format, through TRL."""
-    require_trl()
+    require_packages("posttrain", "trl", "datasets", "transformers")
     if pairs is None and budget != "smoke":
         raise UserError("the authors' pairs are not public; give --pairs FILE, or --budget smoke for made-up ones")
     given = made_up(method) if pairs is None else read_pairs(pairs, method)

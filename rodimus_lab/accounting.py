@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rodimus_lab.errors import UserError
 from rodimus_lab.nn.attention import AttentionConfig
 from rodimus_lab.nn.feedforward import FeedForwardConfig
 from rodimus_lab.nn.mixer import TokenMixerConfig
@@ -25,6 +26,10 @@ from rodimus_lab.nn.zoo import Size
 
 HALF = torch.bfloat16
 ONE_HEAD = 64  # columns of the state that Table 20 counts, whatever the inner width
+
+
+class NoPaperRule(UserError):
+    """The paper counts no such sublayer."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,8 @@ def paper_accounting(
     gate's projections are not in N (`value_gate=False`), and neither state updates nor convolutions count. Memory is
     that of states, keys and values; with `one_head`, as in Table 20, only 64 columns of each recurrent state count,
     which leaves out the number of heads.
+
+    Raises `NoPaperRule` naming a sublayer that none of those tables has.
     """
     if isinstance(model, Mamba2):
         weights, attended = model.matrix_weights, 0
@@ -147,7 +154,7 @@ def _matrix_weights(sublayer: TokenMixerConfig, d_model: int, value_gate: bool) 
             return 3 * d_model * m + m * (2 * sublayer.n + sublayer.num_gate_rows) + low_rank
         case AttentionConfig() | FeedForwardConfig():
             return sublayer.replace(bias=False).num_params(d_model)
-    raise NotImplementedError(f"the paper gives no rule for {sublayer.kind!r}")
+    raise NoPaperRule(f"the paper gives no rule for the cost of {sublayer.kind!r}; take the true accounting")
 
 
 def _query_width(sublayer: TokenMixerConfig, d_model: int) -> int:

@@ -7,8 +7,10 @@ command's help. It imports what only it needs when it is called, and leaves resu
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple, TypeVar
 
+from rodimus_lab.errors import UserError
 from rodimus_lab.registry import Registry
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -32,3 +34,10 @@ def command(name: str, *, panel: str) -> Callable[[F], F]:
         return run
 
     return register
+
+
+def require_packages(extra: str, *packages: str) -> None:
+    """Raise `UserError` naming the first of these packages, all of one extra, that is not installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise UserError(f"the package {package} is not installed; run: pip install -e '.[{extra}]'")

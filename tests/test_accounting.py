@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from rodimus_lab.accounting import Mamba2, paper_accounting, real_memory, true_accounting
+from rodimus_lab.accounting import Mamba2, NoPaperRule, paper_accounting, real_memory, true_accounting
 from rodimus_lab.nn.heads import HeadSharing
 from rodimus_lab.nn.mixer import state_nbytes
 from rodimus_lab.nn.model import LanguageModelConfig
@@ -179,3 +179,8 @@ def test_mamba2_is_counted_as_mamba_ssm_builds_it() -> None:
     cache = peer.net.allocate_inference_cache(2, 16, torch.bfloat16)
     held = sum(state_nbytes(each) for each in cache.values())
     assert held == Mamba2.of(size).memory(2).whole
+
+
+def test_what_the_paper_has_no_rule_for_is_named():
+    with pytest.raises(NoPaperRule, match="no rule for the cost of 'gla'; take the true accounting"):
+        paper_accounting(model_config("gla", size=SIZES["350m"]), 4096)

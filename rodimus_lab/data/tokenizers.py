@@ -144,28 +144,19 @@ def _gpt2() -> backends.Tokenizer:
 
 @TOKENIZERS.register("gpt-neox")
 def _gpt_neox() -> backends.Tokenizer:
-    file = _local("tokenizers/gpt-neox-20b/20B_tokenizer.json")
-    if file is None:
-        return _from_hub("gpt-neox", "EleutherAI/gpt-neox-20b", "tokenizers/gpt-neox-20b/20B_tokenizer.json")
-    return _read(file[0])
+    return _whole("gpt-neox", "tokenizers/gpt-neox-20b/20B_tokenizer.json", "EleutherAI/gpt-neox-20b")
 
 
 @TOKENIZERS.register("rodimus")
 def _rodimus() -> backends.Tokenizer:
     """The byte-level BPE of the released Rodimus models (D.5)."""
-    file = _local("tokenizers/rodimus/tokenizer.json")
-    if file is None:
-        return _from_hub("rodimus", "codefuse-ai/rodimus_plus_1B6_base_20241001", "tokenizers/rodimus/tokenizer.json")
-    return _read(file[0])
+    return _whole("rodimus", "tokenizers/rodimus/tokenizer.json", "codefuse-ai/rodimus_plus_1B6_base_20241001")
 
 
 @TOKENIZERS.register("gpt-4")
 def _gpt_4() -> backends.Tokenizer:
     """cl100k_base, which measures NeedleBench's lengths."""
-    file = _local("tokenizers/gpt-4/tokenizer.json")
-    if file is None:
-        return _from_hub("gpt-4", "Xenova/gpt-4", "tokenizers/gpt-4/tokenizer.json")
-    return _read(file[0])
+    return _whole("gpt-4", "tokenizers/gpt-4/tokenizer.json", "Xenova/gpt-4")
 
 
 @TOKENIZERS.register("pydoc-4096")
@@ -203,6 +194,12 @@ def _local(*names: str) -> list[Path] | None:
     root = data_root()
     paths = [root / name for name in names] if root else []
     return paths if paths and all(path.is_file() for path in paths) else None
+
+
+def _whole(name: str, file: str, repository: str) -> backends.Tokenizer:
+    """A `tokenizer.json` below the data root, or a repository of the Hub."""
+    local = _local(file)
+    return _read(local[0]) if local else _from_hub(name, repository, file)
 
 
 def _from_hub(name: str, repository: str, files: str) -> backends.Tokenizer:

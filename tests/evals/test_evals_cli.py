@@ -42,7 +42,7 @@ def refused(result, *names):
 
 
 def test_without_lm_eval(cli, smoke_run, folder, monkeypatch):
-    monkeypatch.setattr("evals.harness.find_spec", lambda name: None)
+    monkeypatch.setattr("rodimus_lab.command.find_spec", lambda name: None)
     refused(cli("eval", smoke_run.id, "--data-dir", folder), "the package lm_eval is not installed", ".[eval]")
 
 

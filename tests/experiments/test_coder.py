@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from eval_records import evaluation
 
 from evals.coder import BENCHMARKS, SHOTS
 from experiments.coder import table21, table22
-from rodimus_lab.records import Record
 from rodimus_lab.report import PaperResults, to_markdown
 
 PAPER = PaperResults()
@@ -17,23 +15,11 @@ PAPER = PaperResults()
 def record(metrics, *, id="run-1", chat=False, shots=None, scored="all items", **changes):
     tasks = {name.partition(".")[0] for name in metrics}
     asked = {task: SHOTS[task] for task in tasks if task in SHOTS} if shots is None else shots
-    recipe = {"model": {"source": "folder", "name": "coder"}, "tasks": [id], "data": {"source": "local files"}}
-    values = {
-        "experiment": "eval",
-        "id": id,
-        "label": "coder",
-        "recipe": recipe | {"shots": asked, "chat": chat, "code": {"seconds": 10} if "humaneval" in tasks else None},
-        "env": {},
-        "metrics": metrics,
-        "corpus": "unknown",
-        "tokenizer": "",
-        "budget": {"name": "published", "steps": 0, "scored": scored},
-        "device": "cpu",
-        "commit": "abc",
-        "finished": f"2026-11-22T00:00:0{len(id) % 10}+00:00",
-        "path": Path(id),
-    }
-    return Record(**(values | changes))
+    code = {"seconds": 10} if "humaneval" in tasks else None
+    recipe = {"model": {"source": "folder", "name": "coder"}, "shots": asked, "chat": chat, "code": code}
+    published = {"label": "coder", "corpus": "unknown", "tokenizer": ""}
+    budget = {"name": "published", "steps": 0, "scored": scored}
+    return evaluation(id, metrics, scored, recipe, **(published | {"budget": budget} | changes))
 
 
 def ours(table, benchmark):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from eval_records import evaluation
 
 from evals.open_models import OPEN_MODELS
 from experiments.evaluations import DOWNSTREAM, RECALL, table2, table10, table11
-from rodimus_lab.records import PUBLISHED, Record
+from rodimus_lab.records import PUBLISHED
 from rodimus_lab.report import PaperResults, overlaps, to_csv, to_latex, to_markdown
 
 PAPER = PaperResults()
@@ -20,22 +19,8 @@ ERRORS = {f"{name}_stderr": 0.01 * (number + 1) for number, name in enumerate(FU
 def record(metrics, *, id="run-1", model=None, label="rodimus", scored="all items", facts=(134.5e6, 100e9), **changes):
     own = {"source": "run", "name": "downstream/rodimus-1"}
     metrics = dict(metrics) | (dict(zip(("params", "trained_tokens"), facts, strict=True)) if facts else {})
-    values = {
-        "experiment": "eval",
-        "id": id,
-        "label": label,
-        "recipe": {"model": model or own, "tasks": [id], "data": {"source": "local files", "files": {id: "0"}}},
-        "env": {},
-        "metrics": metrics,
-        "corpus": "pile",
-        "tokenizer": "gpt-neox",
-        "budget": {"name": "paper", "steps": 10, "scored": scored},
-        "device": "cpu",
-        "commit": "abc",
-        "finished": f"2026-11-22T00:00:0{len(id) % 10}+00:00",
-        "path": Path(id),
-    }
-    return Record(**(values | changes))
+    recipe = {"model": model or own, "data": {"source": "local files", "files": {id: "0"}}}
+    return evaluation(id, metrics, scored, recipe, label=label, **changes)
 
 
 def published(hub, metrics, **options):

@@ -155,7 +155,7 @@ class TestTrl:
 
 
 def test_without_trl(cli, smoke_run, monkeypatch):
-    monkeypatch.setattr("experiments.posttrain.find_spec", lambda name: None)
+    monkeypatch.setattr("rodimus_lab.command.find_spec", lambda name: None)
     result = cli("posttrain", smoke_run.id, "--budget", "smoke")
     assert result.code == 2
     assert "the package trl is not installed; run: pip install -e '.[posttrain]'" in result.err
