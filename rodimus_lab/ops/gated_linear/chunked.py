@@ -1,16 +1,16 @@
 """The gated linear recurrence in chunks, in plain torch (Eq. 15 to 19 of the paper, made safe).
 
-Eq. 17 divides by cumulated gates, which overflows as soon as they are small. Here no exponent is ever positive: a chunk
-of C tokens is cut into sub-chunks of c. Between two sub-chunks the decay from token s to token t factors at the start
-of t's sub-chunk into two factors <= 1, so those scores are matrix products; inside a sub-chunk the c x c x K decays
-are formed directly. The same split serves the value gate beta. All decays come from sums of log-gates over the steps
-in question, never from differences of long sums, so precision does not depend on how far a chunk decays.
+Eq. 17 divides by cumulated gates, which overflows as soon as they are small. Here no exponent is ever positive. Blocks
+of one token are joined to blocks of two, of four, and so on up to a chunk: the decay from token s of the first half to
+token t of the second factors at their border into two factors <= 1, so the scores between the halves are a matrix
+product. The same split serves the value gate beta. All decays come from sums of log-gates over the steps in question,
+never from differences of long sums, so precision does not depend on how far a chunk decays.
 
 With one gate a head and token (RetNet, Mamba2) a score is q k^T times the decay between its two tokens: one C x C
 matrix of decays a head and chunk, and nothing as wide as K.
 
-Shapes: B batch, T time, H heads, K key width, V value width, N chunks, C chunk length, M sub-chunks in a chunk, c
-sub-chunk length.
+Shapes: B batch, T time, H heads, K key width, V value width, N chunks, C chunk length, J blocks in a chunk, L
+block length.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch import Tensor
 from rodimus_lab.ops.segments import Segments
 
 CHUNK = 64
-SUB_CHUNK = 16
 
 
 def chunked(
@@ -40,8 +39,7 @@ def chunked(
     batch, length, heads, _ = q_BTHK.shape
     if log_beta_BTHV is None and log_alpha_BTHK.stride(-1) == 0:
         return _one_gate(q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK[..., :1], scale, state_BHKV, segments)
-    sub = SUB_CHUNK
-    chunk = min(CHUNK, -(-length // sub) * sub)
+    chunk = _chunk_length(length)
     pad = -length % chunk
 
     def to_chunks(x: Tensor, dtype: torch.dtype) -> Tensor:  # (B, T, H, X) -> (B, H, N, C, X)
@@ -50,47 +48,51 @@ def chunked(
 
     q, k = to_chunks(q_BTHK * scale, wide), to_chunks(k_BTHK, wide)
     v = to_chunks(v_BTHV, narrow if log_beta_BTHV is None else wide)
-    alpha = _Decay(to_chunks(log_alpha_BTHK, wide), sub)
-    beta = None if log_beta_BTHV is None else _Decay(to_chunks(log_beta_BTHV, wide), sub)
+    alpha = _Decays(to_chunks(log_alpha_BTHK, wide))
+    beta = None if log_beta_BTHV is None else _Decays(to_chunks(log_beta_BTHV, wide))
     same = None if segments is None else SameDocument(segments, chunk, pad)
 
     # Within the chunk.
-    before_BHNMCK = k.unsqueeze(3) * alpha.to_sub_chunk_start
-    across_BHNMcC = _matmul(_split(q, sub) * alpha.within_sub_chunk, before_BHNMCK.mT, narrow)
-    near_BHNMcc = (_split(q, sub).unsqueeze(-2) * _split(k, sub).unsqueeze(-3) * alpha.pairs).sum(-1)
-    subs = chunk // sub
-    if same is not None:
-        across_BHNMcC = across_BHNMcC * same.pairs_BNCC.reshape(batch, 1, -1, subs, sub, chunk)
-        diagonal = same.pairs_BNCC.reshape(batch, -1, subs, sub, subs, sub).diagonal(dim1=2, dim2=4)
-        near_BHNMcc = near_BHNMcc * diagonal.permute(0, 1, 4, 2, 3).unsqueeze(1)
+    scores_BHNJLL = (q * k).sum(-1)[..., None, None]
+    if beta is not None:
+        o = scores_BHNJLL.squeeze(-1) * v
+    while alpha.length < chunk:
+        half = alpha.length
+        from_border, to_border = alpha.at_borders()
+        across = _matmul(_halves(q, half)[1] * from_border, (_halves(k, half)[0] * to_border).mT, narrow)
+        if same is not None:
+            across = across * same.across(half).unsqueeze(1)
+        if beta is None:
+            first, second = scores_BHNJLL.unflatten(-3, (-1, 2)).unbind(-3)
+            scores_BHNJLL = torch.cat([F.pad(first, (0, half)), torch.cat([across, second], dim=-1)], dim=-2)
+        else:
+            from_border, to_border = beta.at_borders()
+            first, second = _halves(o, half)
+            second = second + from_border * (across @ (_halves(v, half)[0] * to_border))
+            o = torch.stack([first, second], dim=-3).flatten(-4, -2)
+            beta.join()
+        alpha.join()
     if beta is None:
-        eye = torch.eye(subs, dtype=wide, device=q.device)
-        near = near_BHNMcc.unsqueeze(-2) * eye.view(subs, 1, subs, 1)
-        scores = across_BHNMcC.unflatten(-1, (subs, sub)) + near
-        o = _matmul(scores.reshape(*q.shape[:3], chunk, chunk), v, narrow)
-    else:
-        o = beta.within_sub_chunk * (across_BHNMcC @ (v.unsqueeze(3) * beta.to_sub_chunk_start))
-        o = o + (near_BHNMcc.unsqueeze(-1) * _split(v, sub).unsqueeze(-3) * beta.pairs).sum(-2)
-        o = o.reshape(v.shape)
+        o = _matmul(scores_BHNJLL.squeeze(-3), v, narrow)
 
     # From chunk to chunk.
-    keys = k * alpha.to_chunk_end
-    values = v if beta is None else v * beta.to_chunk_end
+    keys = k * alpha.to_end
+    values = v if beta is None else v * beta.to_end
     if same is not None:
         keys = keys * same.as_last_BNC[:, None, :, :, None]
     writes_BHNKV = _matmul(keys.mT, values, narrow)
-    decay_BHNKV = alpha.whole_chunk.unsqueeze(-1)
+    decay_BHNKV = alpha.whole.unsqueeze(-1)
     if beta is not None:
-        decay_BHNKV = decay_BHNKV * beta.whole_chunk.unsqueeze(-2)
+        decay_BHNKV = decay_BHNKV * beta.whole.unsqueeze(-2)
     if same is not None:
         decay_BHNKV = decay_BHNKV * same.keeps_BN[:, None, :, None, None]
     entering = []
     for decay_BHKV, write_BHKV in zip(decay_BHNKV.unbind(2), writes_BHNKV.unbind(2), strict=True):
         entering.append(state_BHKV)
         state_BHKV = decay_BHKV * state_BHKV + write_BHKV
-    from_before = _matmul(q * alpha.from_chunk_start, torch.stack(entering, dim=2), narrow)
+    from_before = _matmul(q * alpha.from_start, torch.stack(entering, dim=2), narrow)
     if beta is not None:
-        from_before = from_before * beta.from_chunk_start
+        from_before = from_before * beta.from_start
     if same is not None:
         from_before = from_before * same.as_before_BNC[:, None, :, :, None]
     o = (o + from_before).reshape(batch, heads, -1, v.shape[-1])[:, :, :length]
@@ -109,7 +111,7 @@ def _one_gate(
     """`chunked` for gates that are the same all along K. q and k that were expanded over the heads are taken once."""
     wide, narrow = state_BHKV.dtype, v_BTHV.dtype
     length = v_BTHV.shape[1]
-    chunk = min(CHUNK, -(-length // SUB_CHUNK) * SUB_CHUNK)
+    chunk = _chunk_length(length)
     pad = -length % chunk
 
     def to_chunks(x: Tensor) -> Tensor:  # (B, T, H or 1, X) -> (B, H or 1, N, C, X)
@@ -138,23 +140,41 @@ def _one_gate(
     return o.flatten(2, 3)[:, :, :length].transpose(1, 2).to(narrow), state_BHKV
 
 
-class _Decay:
-    """Every decay that a chunk needs of one gate, from log_gate (..., N, C, X)."""
+class _Decays:
+    """The decays of one gate within blocks that double until they are the chunk, from log_gate (..., C, X).
 
-    def __init__(self, log_gate: Tensor, sub: int):
-        step = _split(log_gate, sub)  # (..., M, c, X)
-        total, upto = step.sum(-2), step.cumsum(-2)
-        after = F.pad(step.flip(-2).cumsum(-2).flip(-2)[..., 1:, :], (0, 0, 0, 1))
-        earlier = F.pad(total.cumsum(-2)[..., :-1, :], (0, 0, 1, 0))
-        to_end = after.unsqueeze(-4) + between(total).unsqueeze(-2)  # [i, j]: from a token of j to the end of i
-        to_start = F.pad(to_end[..., :-1, :, :, :], (0, 0, 0, 0, 0, 0, 1, 0), value=float("-inf"))
+    `upto` is the sum of the log-gates from a block's start up to a token, `after` from behind it to the block's end.
+    """
 
-        self.pairs = between(step).exp()
-        self.within_sub_chunk = upto.exp()
-        self.to_sub_chunk_start = to_start.flatten(-3, -2).exp()
-        self.from_chunk_start = (upto + earlier.unsqueeze(-2)).flatten(-3, -2).exp()
-        self.to_chunk_end = to_end[..., -1, :, :, :].flatten(-3, -2).exp()
-        self.whole_chunk = total.sum(-2).exp()
+    def __init__(self, log_gate: Tensor):
+        self.length = 1
+        self.upto = self.total = log_gate.unsqueeze(-2)  # (..., J, L, X), (..., J, 1, X)
+        self.after = torch.zeros_like(self.upto)
+
+    def at_borders(self) -> tuple[Tensor, Tensor]:
+        """(..., J/2, L, X) twice: from the border of two blocks to a token of the second, and from one of the first."""
+        return self.upto[..., 1::2, :, :].exp(), self.after[..., ::2, :, :].exp()
+
+    def join(self) -> None:
+        (upto_1, upto_2), (after_1, after_2), (total_1, total_2) = (
+            x.unflatten(-3, (-1, 2)).unbind(-3) for x in (self.upto, self.after, self.total)
+        )
+        self.upto = torch.cat([upto_1, total_1 + upto_2], dim=-2)
+        self.after = torch.cat([after_1 + total_2, after_2], dim=-2)
+        self.total = total_1 + total_2
+        self.length *= 2
+
+    @property
+    def from_start(self) -> Tensor:
+        return self.upto.squeeze(-3).exp()
+
+    @property
+    def to_end(self) -> Tensor:
+        return self.after.squeeze(-3).exp()
+
+    @property
+    def whole(self) -> Tensor:
+        return self.total.flatten(-3).exp()
 
 
 def between(x: Tensor) -> Tensor:
@@ -173,15 +193,29 @@ class SameDocument:
         documents_BNC = torch.cat([documents, tail], dim=1).unflatten(1, (-1, chunk))
         last_BN = documents_BNC[:, :, -1]
         before_BN = torch.cat([torch.zeros_like(last_BN[:, :1]), last_BN[:, :-1]], dim=1)
-        self.pairs_BNCC = documents_BNC.unsqueeze(-1) == documents_BNC.unsqueeze(-2)
+        self.documents_BNC = documents_BNC
         self.as_last_BNC = documents_BNC == last_BN.unsqueeze(-1)
         self.as_before_BNC = documents_BNC == before_BN.unsqueeze(-1)
         self.keeps_BN = before_BN == last_BN
 
+    @property
+    def pairs_BNCC(self) -> Tensor:
+        return self.documents_BNC.unsqueeze(-1) == self.documents_BNC.unsqueeze(-2)
 
-def _split(x: Tensor, sub: int) -> Tensor:
-    """(..., C, X) -> (..., M, c, X)"""
-    return x.unflatten(-2, (-1, sub))
+    def across(self, length: int) -> Tensor:
+        """(B, N, J/2, L, L): whether the tokens of two blocks, of the second by of the first, are of one document."""
+        first, second = self.documents_BNC.unflatten(-1, (-1, 2, length)).unbind(-2)
+        return second.unsqueeze(-1) == first.unsqueeze(-2)
+
+
+def _halves(x: Tensor, length: int) -> tuple[Tensor, ...]:
+    """(..., C, X) -> (..., J/2, L, X) twice: the first and the second of each two blocks."""
+    return x.unflatten(-2, (-1, 2, length)).unbind(-3)
+
+
+def _chunk_length(length: int) -> int:
+    """A power of two that holds a short sequence whole."""
+    return min(CHUNK, 1 << (length - 1).bit_length())
 
 
 def _matmul(a: Tensor, b: Tensor, narrow: torch.dtype) -> Tensor:
