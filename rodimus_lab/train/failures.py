@@ -56,6 +56,8 @@ class Ledger:
         try:
             return self._verdict(error)
         except RuntimeError:  # The store is gone with whoever kept it.
+            if isinstance(error, Interrupted) and self.rank:
+                end_process(error.exit_code)
             return error
 
     def _verdict(self, error: Exception) -> Exception:

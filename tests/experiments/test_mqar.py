@@ -197,7 +197,7 @@ def test_a_small_rodimus_recalls_and_one_layer_without_convolution_does_not(tmp_
     one = recipe.replace(
         model=with_sublayers(recipe.model.replace(pattern=recipe.model.blocks[:1]), "rodimus", {"conv_width": 0}),
         label="one_layer",
-        budget=recipe.budget.replace(steps=recipe.budget.eval_every),
+        budget=recipe.budget.replace(steps=recipe.budget.eval_every // 2, eval_every=recipe.budget.eval_every // 2),
     )
     options = TrainOptions(device="cpu", progress=False, runs_root=tmp_path / "r", checkpoints_root=tmp_path / "c")
     assert train(recipe, options)["metrics"]["test_accuracy"] > 0.95

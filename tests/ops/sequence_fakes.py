@@ -1,4 +1,4 @@
-"""What one of several ranks does in the tests of split sequences: `python sequence_fakes.py RANK SIZE FOLDER`.
+"""What one of several ranks does in the tests of split sequences.
 
 Each computes the whole sequence by itself, then its part together with the others; rank 0 writes the largest
 differences, name by name, to FOLDER/found.json.
@@ -7,7 +7,6 @@ differences, name by name, to FOLDER/found.json.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,8 +133,7 @@ def refusals(shard: SequenceShard) -> dict[str, str]:
     return said
 
 
-def main(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def main(rank: int, size: int, folder: str) -> int:
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     shard = SequenceShard(dist.group.WORLD, rank, size)
@@ -154,7 +152,4 @@ def main(rank: int, size: int, folder: str) -> None:
         worst = {name: max(one[name] for one in ranks) for name in found}
         Path(folder, "found.json").write_text(json.dumps({"differences": worst, "refusals": said}))
     dist.barrier()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    return 0

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import sequence_fakes
+from ranks import start_ranks
 from sequence_fakes import MODELS, REFUSED
 
 RANKS = 3
@@ -18,15 +15,8 @@ RANKS = 3
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sequence")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-
-    def start(rank: int) -> subprocess.Popen:
-        command = [sys.executable, sequence_fakes.__file__, str(rank), str(RANKS), str(folder)]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-
-    ranks = [start(rank) for rank in range(RANKS)]
-    errors = [rank.communicate(timeout=250)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * RANKS, errors
+    ranks = start_ranks(RANKS, lambda rank: sequence_fakes.main(rank, RANKS, str(folder)), folder)
+    assert [rank.code for rank in ranks] == [0] * RANKS, ranks
     return json.loads((folder / "found.json").read_text())
 
 

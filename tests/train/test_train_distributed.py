@@ -1,42 +1,56 @@
 """Two processes with gloo against one."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import train_fakes
+from ranks import start_ranks
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from train_fakes import checkpoint_folder, memory_feed, options, run_folder, tiny_recipe
 
 from rodimus_lab.convert import open_checkpoint
 from rodimus_lab.errors import UserError
 from rodimus_lab.records import RunDir
 from rodimus_lab.train import Interrupted, train
-from rodimus_lab.train.distributed import session
+from rodimus_lab.train.distributed import end_process, session
 
 CHANGES = {"dropout": 0.0}  # The ranks drop other activations than one process does.
 RECIPE = tiny_recipe(**CHANGES)
 
 
-def torchrun(root, *, settings=None, faults=None, changes=CHANGES, restarts=0):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command += ["--max-restarts", str(restarts)]
-    command += [
-        train_fakes.__file__,
-        str(root),
-        json.dumps(changes),
-        json.dumps(settings or {}),
-        json.dumps(faults or {}),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+def two_ranks(root, *, settings=None, faults=None, changes=CHANGES):
+    arguments = [str(root), *(json.dumps(one or {}) for one in (changes, settings, faults))]
+    return start_ranks(2, lambda rank: train_fakes.main(*arguments), root)
+
+
+def torchrun(root, *, faults, restarts):
+    """As `torchrun --nproc-per-node 2 --max-restarts RESTARTS` does, but for copying this process."""
+    arguments = [str(root), *(json.dumps(one) for one in (CHANGES, {}, faults))]
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        max_restarts=restarts,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=root.name,
+        start_method="fork",
+        monitor_interval=0.1,
+    )
+
+    def agent(_rank):
+        elastic_launch(config, rank_of_torchrun)(*arguments)
+        return 0
+
+    (ended,) = start_ranks(1, agent, root)
+    return ended
+
+
+def rank_of_torchrun(*arguments):
+    code = train_fakes.main(*arguments)
+    return end_process(code) if code else 0
 
 
 def metrics(root, recipe=RECIPE):
@@ -57,9 +71,9 @@ def whole(tmp_path_factory):
 
 
 def test_from_two_processes_to_one(tmp_path, whole):
-    done = torchrun(tmp_path, settings={"stop_at_step": 6, "micro_batch_size": 3})
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("was stopped as asked after step 6") == 1
+    ranks = two_ranks(tmp_path, settings={"stop_at_step": 6, "micro_batch_size": 3})
+    assert [rank.code for rank in ranks] == [0, 0], ranks
+    assert "".join(rank.err for rank in ranks).count("was stopped as asked after step 6") == 1
     shards = list((checkpoint_folder(tmp_path, RECIPE) / "step-00000006" / "tensors").iterdir())
     assert len(shards) == 2
     same(metrics(tmp_path), [line for line in metrics(whole) if line["step"] <= 6])
@@ -70,8 +84,8 @@ def test_from_two_processes_to_one(tmp_path, whole):
 def test_from_one_process_to_two(tmp_path, whole):
     with pytest.raises(Interrupted):
         train(RECIPE, options(tmp_path, stop_at_step=6), open_feed=memory_feed)
-    done = torchrun(tmp_path)
-    assert done.returncode == 0, done.stderr
+    ranks = two_ranks(tmp_path)
+    assert [rank.code for rank in ranks] == [0, 0], ranks
     same(metrics(tmp_path), metrics(whole))
     record = json.loads((run_folder(tmp_path, RECIPE) / "record.json").read_text())
     assert record["device"] == "2 x cpu"
@@ -81,21 +95,22 @@ def test_from_one_process_to_two(tmp_path, whole):
 
 
 def test_a_failing_rank_speaks_alone(tmp_path):
-    done = torchrun(tmp_path, faults={3: "fail on rank 1"})
-    assert done.returncode != 0
-    assert done.stderr.count("rank 1: the shard train-00003.bin is corrupt; delete it") == 1
-    assert "Traceback (most recent call last)" not in done.stderr.split("elastic")[0]
+    ranks = two_ranks(tmp_path, faults={3: "fail on rank 1"})
+    assert all(rank.code for rank in ranks)
+    said = "".join(rank.err for rank in ranks)
+    assert said.count("rank 1: the shard train-00003.bin is corrupt; delete it") == 1
+    assert "Traceback (most recent call last)" not in said
     assert not (run_folder(tmp_path, RECIPE) / "record.json").exists()
 
 
 def test_a_killed_rank_and_a_full_disk_are_named_and_the_job_goes_on_by_itself(tmp_path, whole):
     """Killed at batch 7, after the checkpoint of step 4; started again, that of step 8 finds no room on rank 1."""
     done = torchrun(tmp_path, faults={7: "kill rank 1, then fill its disk"}, restarts=2)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     lost = "rank 1 of 2 ended without a word; the last checkpoint is kept, and the same command goes on from there"
-    assert done.stderr.count(lost) == 1
-    assert done.stderr.count("random-00001.safetensors (") == done.stderr.count("free the disk or") == 1
-    assert "Traceback (most recent call last)" not in done.stderr
+    assert done.err.count(lost) == 1
+    assert done.err.count("random-00001.safetensors (") == done.err.count("free the disk or") == 1
+    assert "Traceback (most recent call last)" not in done.err
     assert (run_folder(tmp_path, RECIPE) / "record.json").exists()
     same(metrics(tmp_path), metrics(whole))
 
@@ -123,8 +138,8 @@ def test_from_split_sequences_and_two_replicas_to_one_process(tmp_path):
     recipe = tiny_recipe(**changes)
     train(recipe, options(tmp_path / "whole"), open_feed=memory_feed)
     settings = {"sequence_parallel": 2, "replicas": 2, "async_save": True, "stop_at_step": 6}
-    done = torchrun(tmp_path, settings=settings, changes=changes)
-    assert done.returncode == 0, done.stderr
+    ranks = two_ranks(tmp_path, settings=settings, changes=changes)
+    assert [rank.code for rank in ranks] == [0, 0], ranks
     expected = metrics(tmp_path / "whole", recipe)
     same(metrics(tmp_path, recipe), [line for line in expected if line["step"] <= 6])
     train(recipe, options(tmp_path), open_feed=memory_feed)

@@ -1,14 +1,11 @@
 """Runs that are ended from outside, in processes of their own."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import train_fakes
+from ranks import start_ranks
 from train_fakes import checkpoint_folder, memory_feed, options, run_folder, tiny_recipe
 
 from rodimus_lab.convert import open_checkpoint
@@ -16,17 +13,10 @@ from rodimus_lab.scoring import perplexity
 from rodimus_lab.train import train
 
 
-def launch(root, *, settings=None, faults=None):
-    command = [
-        sys.executable,
-        train_fakes.__file__,
-        str(root),
-        "{}",
-        json.dumps(settings or {}),
-        json.dumps(faults or {}),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+def launch(root, *, faults):
+    arguments = [str(root), *(json.dumps(one) for one in ({}, {}, faults))]
+    (ended,) = start_ranks(1, lambda rank: train_fakes.main(*arguments), root)
+    return ended
 
 
 def outcome(root, recipe):
@@ -50,7 +40,7 @@ def whole(tmp_path_factory):
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, whole):
     """Killed two steps after its second checkpoint (dropout is on)."""
     killed = launch(tmp_path, faults={11: "kill"})
-    assert killed.returncode == -9
+    assert killed.code == -9
     recipe = tiny_recipe()
     assert not (run_folder(tmp_path, recipe) / "record.json").exists()
     train(recipe, options(tmp_path), open_feed=memory_feed)
@@ -60,9 +50,9 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, whole):
 def test_sigterm_leaves_a_checkpoint_of_the_step(tmp_path, whole):
     stopped = launch(tmp_path, faults={6: "terminate"})
     recipe = tiny_recipe()
-    assert stopped.returncode == 143
-    assert "was stopped by SIGTERM after step 6 of 12; its checkpoint is written" in stopped.stderr
-    assert "Traceback" not in stopped.stderr
+    assert stopped.code == 143
+    assert "was stopped by SIGTERM after step 6 of 12; its checkpoint is written" in stopped.err
+    assert "Traceback" not in stopped.err
     assert (checkpoint_folder(tmp_path, recipe) / "step-00000006" / "manifest.json").exists()
     train(recipe, options(tmp_path), open_feed=memory_feed)
     assert outcome(tmp_path, recipe) == whole
@@ -72,8 +62,8 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, whole):
     """Before the first checkpoint."""
     stopped = launch(tmp_path, faults={3: "terminate twice"})
     recipe = tiny_recipe()
-    assert stopped.returncode == 143
-    assert stopped.stderr == ""
+    assert stopped.code == 143
+    assert stopped.err == ""
     assert not list(checkpoint_folder(tmp_path, recipe).glob("step-*"))
     train(recipe, options(tmp_path), open_feed=memory_feed)
     assert outcome(tmp_path, recipe) == whole

@@ -1,8 +1,4 @@
-"""A tiny recipe and data in memory, and a command that trains it: what the tests of the trainer share.
-
-As a program: `python train_fakes.py ROOT OPTIONS FAULTS`, with the recipe's changes, `TrainOptions` and the data's
-faults as JSON. It ends as the command line interface would.
-"""
+"""A tiny recipe and data in memory, and a process that trains it: what the tests of the trainer share."""
 
 from __future__ import annotations
 
@@ -25,7 +21,7 @@ from rodimus_lab.nn.model import IGNORE, LanguageModelConfig
 from rodimus_lab.nn.rodimus import RodimusConfig, ValueGate
 from rodimus_lab.recipe import BudgetConfig, DataConfig, OptimizerConfig, Recipe, ScheduleConfig
 from rodimus_lab.train import Interrupted, TrainOptions, train
-from rodimus_lab.train.distributed import World, end_process
+from rodimus_lab.train.distributed import World
 from rodimus_lab.train.feed import Batch, Feed
 
 VOCAB, SEQ_LEN, BATCH = 64, 16, 8
@@ -145,7 +141,7 @@ def checkpoint_folder(root: Path, recipe: Recipe) -> Path:
 
 
 def main(root: str, recipe: str, settings: str, faults: str) -> int:
-    torch.set_num_threads(1)
+    """With the recipe's changes, `TrainOptions` and the data's faults as JSON; the command line's exit code."""
     try:
         train(
             tiny_recipe(**json.loads(recipe)),
@@ -159,7 +155,3 @@ def main(root: str, recipe: str, settings: str, faults: str) -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    end_process(main(*sys.argv[1:]))
