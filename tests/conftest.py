@@ -22,6 +22,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # And of the processes that tests start.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules with slow tests come first, so that processes which share the tests have short ones left at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     for item in items:

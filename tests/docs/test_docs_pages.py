@@ -47,6 +47,7 @@ def test_commands_are_there_with_their_options(cli, path: Path) -> None:
             assert option in result.out, f"{path.name}: rodimus-lab {' '.join(words)}"
 
 
+@pytest.mark.slow
 def test_the_tour_can_be_walked(cli, smoke_run) -> None:
     """Every command of it, but for the training, which the smoke run has behind it, beside committed runs."""
     copy_three(smoke_run.root / "runs")

@@ -86,6 +86,7 @@ def test_held_out_answers_are_counted_whole() -> None:
     assert nats == pytest.approx(150, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_model_learns_to_find_held_out_needles(cli, places) -> None:
     result = cli("needle", "--budget", "smoke", "--device", "cpu")
     assert result.code == 0, result.err

@@ -29,6 +29,7 @@ runs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="in the in
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernels run in this process")
 def test_the_kernels_in_the_interpreter() -> None:
     """In a process of its own: triton must see the variable when it is first imported."""

@@ -39,6 +39,7 @@ HEADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernels run in this process")
 def test_the_kernels_in_the_interpreter() -> None:
     """In a process of its own: triton must see the variable when it is first imported."""

@@ -30,6 +30,7 @@ def test_tables_are_up_to_date(tmp_path: Path) -> None:
             assert path.read_bytes() == committed.read_bytes(), f"run `make tables` and commit {path.name}"
 
 
+@pytest.mark.slow
 def test_figures_are_up_to_date(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     drawn = write_figures(tmp_path)

@@ -40,6 +40,7 @@ def page(browser: Any) -> Iterator[Any]:
     assert not said
 
 
+@pytest.mark.slow
 def test_every_sort_of_page_opens_without_an_error_and_fits_a_phone(page: Any, site: Path) -> None:
     sorts = [
         *(site / name for name in ("index.html", "runs/index.html", "models/index.html", "docs/choices.html")),
