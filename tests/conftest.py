@@ -43,7 +43,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # `torch.manual_seed` takes a millisecond where there is no GPU.
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
 
 
 class Result(NamedTuple):

@@ -82,7 +82,7 @@ class Subject:
 
     def build(self) -> Any:
         """In float64, with every weight moved off its start so that none is idle."""
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         module = self.fresh().double()
         with torch.no_grad():
             for parameter in module.parameters():
@@ -406,7 +406,7 @@ def test_building_on_the_meta_device_agrees(subject: Any) -> None:
 def test_the_same_seed_gives_the_same_weights(subject: Any) -> None:
     drawn = []
     for seed in (3, 3, 4):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         drawn.append(subject.fresh().state_dict())
     assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
     assert any(not torch.equal(drawn[0][name], drawn[2][name]) for name in drawn[0])
