@@ -58,8 +58,7 @@ def main() -> None:
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="replace")  # A terminal that cannot show a character is no reason to stop.
     try:
-        add_experiments()
-        code = app(prog_name="rodimus-lab", standalone_mode=False)
+        code = commands()(prog_name="rodimus-lab", standalone_mode=False)
         if code == INTERRUPTED:  # Some versions of typer raise Abort instead.
             raise KeyboardInterrupt
     except UserError as error:
@@ -161,13 +160,14 @@ OPTION_HELP = {
 
 
 @cache
-def add_experiments() -> None:
-    """Make a command of every registered experiment, and take in the commands that modules bring along."""
+def commands() -> Any:
+    """The whole command line: also a command of every registered experiment, and those that modules bring along."""
     load_plugins()
     for name in COMMANDS:
         app.command(name, rich_help_panel=COMMANDS[name].panel)(COMMANDS[name].run)
     for name in EXPERIMENTS:
         app.command(name, rich_help_panel="Experiments")(_command_of(EXPERIMENTS[name]))
+    return typer.main.get_command(app)
 
 
 def _command_of(experiment: Experiment) -> Callable[..., None]:

@@ -343,7 +343,7 @@ def test_a_shadowed_package_is_named(cli, monkeypatch):
     def shadowed():
         raise UserError("the package 'experiments' was found at /elsewhere, not in this project; uninstall it")
 
-    monkeypatch.setattr("rodimus_lab.cli.add_experiments", shadowed)
+    monkeypatch.setattr("rodimus_lab.cli.commands", shadowed)
     refused(cli("runs"), "the package 'experiments' was found at /elsewhere")
 
 
