@@ -30,12 +30,13 @@ def shapes():
     """The names and shapes of the tensors of fla's own model of a config."""
 
     def of(values):
-        import fla.models  # noqa: F401
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import fla.models
 
-        known = AutoConfig.for_model(values["model_type"], **{k: v for k, v in values.items() if k != "model_type"})
+        models = [each for name, each in vars(fla.models).items() if name.endswith("ForCausalLM")]
+        (own,) = (each for each in models if each.config_class.model_type == values["model_type"])
+        known = own.config_class(**{k: v for k, v in values.items() if k != "model_type"})
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(known)
+            model = own(known)
         found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if known.tie_word_embeddings:
             found.pop("lm_head.weight", None)
