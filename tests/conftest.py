@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from filelock import FileLock
+from sharing import made_once
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # And of the processes that tests start.
@@ -67,19 +67,6 @@ def run_cli(*arguments: object) -> Result:
             main()
     code = end.value.code
     return Result(code if isinstance(code, int) else 1, out.getvalue(), err.getvalue())
-
-
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder which the first process of the tests that asks for it makes, and all of them read."""
-    base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "made").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            make(folder)
-            (folder / "made").touch()
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from committed_runs import WIKITEXT103, copy_three
+from sharing import made_once
 
 from rodimus_lab.records import PROJECT_ROOT
 from rodimus_lab.site import build_site
@@ -19,7 +20,10 @@ SCORED_RUN = "rodimus-0badf00d"
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("results")
+    return made_once(tmp_path_factory, "results", make) / "site"
+
+
+def make(root: Path) -> None:
     copy_three(root / "runs")
     shutil.copytree(PROJECT_ROOT / "results" / "figures", root / "figures")
     (root / "figures" / "figure01b.csv").write_text("other numbers\n")
@@ -43,4 +47,4 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (scored / "recipe.json").write_text(json.dumps({"model": model, "data": {"source": "local files"}}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RODIMUS_LAB_RESULTS", str(root / "runs"))
-        return build_site(root / "site").parent
+        build_site(root / "site")
