@@ -6,7 +6,8 @@ A mixer is a sublayer that runs one of `SEQUENCE`, the operators along time; its
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ COLUMNS = (
 
 
 class MixerSetting(NamedTuple):
-    """Where mixers are measured: on random activations of batch x length tokens."""
+    """Where mixers are measured, on random activations of batch x length tokens, and of which models: default all."""
 
     size: Size
     device: torch.device
@@ -46,6 +47,7 @@ class MixerSetting(NamedTuple):
     length: int
     repeats: int
     compile: bool
+    models: Sequence[str] = ()
 
 
 class Entrant(NamedTuple):
@@ -64,11 +66,12 @@ class Entrant(NamedTuple):
         return {"mixer": self.kind, "model": self.model, "backends": backends}
 
 
-def entrants(size: Size, device: torch.device, peers: bool) -> Iterator[Entrant]:
+def entrants(setting: MixerSetting, peers: bool) -> Iterator[Entrant]:
     """Each different mixer once, with freshly drawn weights; with `peers` on CUDA also by each peer's kernel."""
     load_plugins()
+    size, device = setting.size, setting.device
     seen: set[tuple[Any, ...]] = set()
-    for name in dict.fromkeys([FIRST, *MODELS]):
+    for name in dict.fromkeys([FIRST, *(setting.models or MODELS)]):
         config = model_config(name, size=size, vocab_size=64, repeats=1)
         sublayers = [sublayer for block in config.blocks for sublayer in block.sublayers]
         if all(_identity(sublayer, size) in seen for sublayer in sublayers):
@@ -168,9 +171,10 @@ def _error(entrant: Entrant, d_model: int, device: torch.device) -> float:
 
 
 def measure_mixers(rows: list[Row], setting: MixerSetting, peers: bool = True) -> None:
-    """Append a row an entrant to `rows`; `over_first` is the time beside the first row's, forward and backward."""
+    """Append a row an entrant to `rows`, told on stderr as it comes; `over_first` is the time beside the first row's,
+    forward and backward."""
     first = None
-    for entrant in entrants(setting.size, setting.device, peers):
+    for entrant in entrants(setting, peers):
         try:
             row = measure_mixer(entrant, setting)
         except UserError as error:
@@ -184,3 +188,7 @@ def measure_mixers(rows: list[Row], setting: MixerSetting, peers: bool = True) -
         if first and seconds:
             row["over_first"] = seconds / first
         rows.append(row | {"size": setting.size.name})
+        told = (
+            row.get("note") or f"{1e9 * row['both_seconds_per_token']:,.1f} ns/token, {row['over_first']:.2f} x first"
+        )
+        print(f"{row['mixer']} of {row['model']} ({row['backends']}): {told}", file=sys.stderr)

@@ -8,7 +8,7 @@ R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, NamedTuple, get_args
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rodimus_lab.bench.measure import copy_rate
 from rodimus_lab.bench.mixers import COLUMNS as MIXER_COLUMNS
-from rodimus_lab.bench.mixers import MixerSetting, measure_mixers
+from rodimus_lab.bench.mixers import FIRST, MixerSetting, measure_mixers
 from rodimus_lab.bench.operator_peers import measure_peers
 from rodimus_lab.bench.race import Problem, Tensors, race
 from rodimus_lab.bench.result import (
@@ -33,8 +33,9 @@ from rodimus_lab.bench.result import (
     surroundings,
     until_interrupted,
 )
+from rodimus_lab.errors import UserError
 from rodimus_lab.nn.heads import HeadKind, HeadSharing
-from rodimus_lab.nn.zoo import SIZES
+from rodimus_lab.nn.zoo import MODELS, SIZES
 from rodimus_lab.ops import attention, conv_gate, gated_linear, gated_norm, short_conv
 from rodimus_lab.ops.conv_gate import LowRankGate
 from rodimus_lab.registry import Registry
@@ -221,16 +222,16 @@ def gated_norm_cases(scene: Scene) -> Iterator[Problem]:
 
 
 def measure(
-    scene: Scene, operators: list[str], repeats: int, compile: bool, peers: bool = True
+    scene: Scene, operators: list[str], repeats: int, compile: bool, peers: bool = True, models: Sequence[str] = ()
 ) -> tuple[list[Row], float]:
     """The rows of `race` for every case of the operators, each followed by its peers', and the copy rate of the floors
-    in bytes a second."""
+    in bytes a second. `models`: those whose mixers are measured, default all."""
     rate = copy_rate(scene.device)
     rows: list[Row] = []
     with until_interrupted():
         for operator in operators:
             if operator == MIXERS:
-                measure_mixers(rows, _mixers(scene, repeats, compile), peers)
+                measure_mixers(rows, _mixers(scene, repeats, compile, models), peers)
                 continue
             for problem in CASES[operator](scene):
                 rows += race(problem, repeats, rate, compile=compile)
@@ -238,14 +239,17 @@ def measure(
     return rows, rate
 
 
-def _mixers(scene: Scene, repeats: int, compile: bool) -> MixerSetting:
+def _mixers(scene: Scene, repeats: int, compile: bool, models: Sequence[str]) -> MixerSetting:
     size = SIZES["350m" if scene.cuda else "smoke"]
-    return MixerSetting(size, scene.device, *scene.size(8 if scene.cuda else 1, size.context), repeats, compile)
+    return MixerSetting(size, scene.device, *scene.size(8 if scene.cuda else 1, size.context), repeats, compile, models)
 
 
 @app.command()
 def ops(
     only: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join([*CASES, MIXERS])}. Default: all.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"Whose {MIXERS}, beside {FIRST}'s. May be repeated. Default: all.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Instead of each shape's own.")] = None,
     length: Annotated[int | None, typer.Option(min=1, help="Instead of each shape's own.")] = None,
     compile: Annotated[bool | None, typer.Option(help="Also under torch.compile. Default: on CUDA only.")] = None,
@@ -257,11 +261,14 @@ def ops(
     """Time the operators' backends and their peers, each checked against its definition first; and each model's token
     mixer, at the 350M configuration on CUDA."""
     operators = [name if name == MIXERS else CASES.canonical(name) for name in only or [*CASES, MIXERS]]
+    models = [MODELS.canonical(name) for name in model or []]
+    if models and MIXERS not in operators:
+        raise UserError(f"--model chooses among the {MIXERS}; add --only {MIXERS}")
     with session(device) as world:
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
         scene = Scene(world.device, dtype, batch, length)
         torch.manual_seed(0)
         facts = surroundings(world)
-        rows, rate = measure(scene, operators, repeats, scene.cuda if compile is None else compile, peers)
+        rows, rate = measure(scene, operators, repeats, scene.cuda if compile is None else compile, peers, models)
     settings = {"dtype": str(dtype).removeprefix("torch."), "repeats": repeats, "copy_bytes_per_second": round(rate)}
     show(Result("ops", settings, rows, facts), COLUMNS, as_json, MIXER_COLUMNS)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from rodimus_lab.bench import app, mixers, training
 from rodimus_lab.bench.measure import copy_rate, median_seconds, peak_bytes, seconds_of
-from rodimus_lab.bench.operators import CASES, Scene
+from rodimus_lab.bench.operators import CASES, Scene, measure
 from rodimus_lab.bench.race import race
 from rodimus_lab.bench.tokenization import SHORTEST, scale
 from rodimus_lab.errors import UserError
@@ -178,6 +178,24 @@ def test_every_models_mixer_is_timed() -> None:
     assert (
         next(row for row in rows if row["mixer"] == "mamba2")["backends"] == "gated_linear: chunked, ssd: gated_linear"
     )
+
+
+def test_mixers_of_named_models_are_told_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
+    scene = Scene(CPU, torch.float32, 1, 16)
+    rows, _ = measure(scene, ["mixers"], repeats=1, compile=False, models=["rodimus_plus"])
+    assert [row["model"] for row in rows] == ["transformer++", "rodimus_plus", "rodimus_plus"]
+    assert [line.partition(" (")[0] for line in capsys.readouterr().err.splitlines()] == [
+        f"{row['mixer']} of {row['model']}" for row in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(("--model", "rodimu"), "rodimus"), (("--only", "attention", "--model", "rodimus"), "--only mixers")],
+)
+def test_models_that_have_no_part_in_it_are_refused(arguments: tuple[str, ...], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        CliRunner().invoke(app, ["ops", *arguments], catch_exceptions=False)
 
 
 def test_a_wrong_mixer_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
