@@ -116,6 +116,14 @@ def gated_norm_errors(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[s
 
 
 @runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32])
+@pytest.mark.parametrize("found", [conv_gate_errors, gated_norm_errors])
+def test_autocast_around_both_passes_changes_nothing(found: Callable[..., Any], dtype: torch.dtype) -> None:
+    with torch.autocast(DEVICE, torch.bfloat16):
+        check(found((2, 61, 24), dtype), dtype)
+
+
+@runs_kernels
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 61])
 def test_conv_gate_at_odd_lengths(length: int, state: bool) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from rodimus_lab.ops.tracing import constant, untraced
+from rodimus_lab.ops.tracing import constant, kernel_operator, untraced
 
 
 def test_a_constant_is_marked_as_torchs_own():
@@ -40,6 +40,24 @@ def test_what_is_untraced_runs_as_it_is_between_what_is_compiled():
     assert seen == [False]
     assert len(graphs) == 2
     assert not any("sin" in name for graph in graphs for name in graph)
+
+
+def test_a_kernels_operator_runs_without_autocast():
+    @kernel_operator("test_of_autocast")
+    def product(x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        assert y is not None
+        return x @ y
+
+    @product.register_fake
+    def _(x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        return x.new_empty(x.shape)
+
+    x, y = torch.randn(3, 3), torch.randn(3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ y).dtype == torch.bfloat16
+        for call in (product, torch.compile(product, fullgraph=True, backend="aot_eager")):
+            torch.testing.assert_close(call(x, y), product(x, y), rtol=0, atol=0)
+            assert call(x, y).dtype == torch.float32
 
 
 def test_listing_the_commands_loads_neither():

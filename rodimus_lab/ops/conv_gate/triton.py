@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rodimus_lab.ops.fast_math import sigmoid, times_sigmoid
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.tracing import kernel_operator
 
 
 @triton.jit
@@ -290,7 +291,7 @@ def _constants(x: Tensor, up: Tensor, weight: Tensor, state: Tensor | None, ids:
     }
 
 
-@torch.library.custom_op("rodimus_lab::conv_gate", mutates_args=())
+@kernel_operator("conv_gate")
 def _forward(
     x: Tensor, down: Tensor, up: Tensor, up_bias: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None,
     ids: Tensor | None,
@@ -318,7 +319,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(*x.shape[:2], down.shape[0])
 
 
-@torch.library.custom_op("rodimus_lab::conv_gate_backward", mutates_args=())
+@kernel_operator("conv_gate_backward")
 def _backward(
     x: Tensor, down: Tensor, up: Tensor, up_bias: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None,
     ids: Tensor | None, h: Tensor, dconv: Tensor, dv: Tensor,

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rodimus_lab.ops.diagonal_scan.stretches import chain, split
+from rodimus_lab.ops.tracing import kernel_operator
 
 CHUNK = 16
 STATES = 512  # of a program
@@ -210,7 +211,7 @@ def _plan(u: Tensor, A: Tensor) -> _Plan:
     return _Plan((blocks, batch, stretches), BM, BN, numbers)
 
 
-@torch.library.custom_op("rodimus_lab::selective_scan", mutates_args=())
+@kernel_operator("selective_scan")
 def _forward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,7 +237,7 @@ def _(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, sta
     return u.new_empty(u.shape), state.new_empty(state.shape), kept
 
 
-@torch.library.custom_op("rodimus_lab::selective_scan_backward", mutates_args=())
+@kernel_operator("selective_scan_backward")
 def _backward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor | None, kept: Tensor, dy: Tensor,
     dlast: Tensor | None,

@@ -34,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.tracing import kernel_operator
 
 CHUNK = 64
 MAX_KEY_WIDTH = 256
@@ -447,7 +448,7 @@ def _plan_of(q: Tensor, v: Tensor, documents: Tensor | None) -> _Plan:
     return _Plan(B, T, H, K, v.shape[-1], v.dtype, documents, q.is_cuda)
 
 
-@torch.library.custom_op("rodimus_lab::gated_linear", mutates_args=())
+@kernel_operator("gated_linear")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor, documents: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -479,7 +480,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor, documents: T
     return v.new_empty(v.shape), state.new_empty(state.shape), sums, v.new_empty(*rows, CHUNK)
 
 
-@torch.library.custom_op("rodimus_lab::gated_linear_backward", mutates_args=())
+@kernel_operator("gated_linear_backward")
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, documents: Tensor | None, sums: Tensor, score: Tensor, scale: float,
     do: Tensor, dfinal: Tensor | None,
