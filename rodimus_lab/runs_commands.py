@@ -32,7 +32,7 @@ from rodimus_lab.records import (
     write_atomic,
 )
 from rodimus_lab.report import overlaps, runs_json, runs_table
-from rodimus_lab.terminal import console, shown
+from rodimus_lab.terminal import console, print_table, shown
 from rodimus_lab.weights import checkpoints_root
 
 app = typer.Typer(
@@ -78,7 +78,7 @@ def runs(
         return
     keys = [*(results.Condition.parse(text).key for text in where or ()), *([sort.removeprefix("-")] if sort else [])]
     extra = list(dict.fromkeys([*(column or ()), *(key for key in keys if key not in SHOWN)]))
-    console.print(runs_table(records, unfinished, _columns(records, extra)))
+    print_table(runs_table(records, unfinished, _columns(records, extra)))
     _warn(overlaps(records, extra))
     if filtered:
         console.print(f"{len(records)} of {len(load_records())} finished runs")
@@ -106,9 +106,9 @@ def compare(
     if found.recipe.empty:
         console.print("the recipes are the same")
     else:
-        console.print(_table(["setting", first, second], found.recipe.itertuples(index=False), _plain))
+        print_table(_table(["setting", first, second], found.recipe.itertuples(index=False), _plain))
     rows = [(name, a, b, gap, noise) for name, a, b, gap, noise in found.metrics.itertuples(index=False)]
-    console.print(_table(["metric", *heads, "difference", "noise"], rows, _number))
+    print_table(_table(["metric", *heads, "difference", "noise"], rows, _number))
     if min(found.seeds) < 2:
         console.print("noise is known where both recipes were run with several seeds")
     records = load_records()
@@ -269,7 +269,7 @@ def _export_wandb(records: Sequence[Record], folder: Path) -> None:
 def _table(headings: Sequence[str], rows: Any, text: Callable[[Any], str]) -> RichTable:
     table = RichTable(box=box.SIMPLE)
     for index, heading in enumerate(headings):
-        table.add_column(heading, overflow="fold", justify="left" if not index or text is _plain else "right")
+        table.add_column(heading, justify="left" if not index or text is _plain else "right")
     for name, *values in rows:
         table.add_row(str(name), *map(text, values))
     return table

@@ -109,8 +109,7 @@ def test_build_model_takes_a_size_a_vocabulary_and_overrides():
     assert config == model_config("transformer++", size="smoke", vocab_size=50, dropout=0.25, attention={"window": 8})
 
 
-def test_runs(cli, smoke_run, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_runs(cli, smoke_run):
     (run,) = json.loads(cli("runs", "--json").out)
     assert (run["id"], run["budget"], run["corpus"]) == (smoke_run.id, "smoke budget 4 steps, batch 8", "pydoc")
     (smoke_run.root / "runs" / "wikitext103" / smoke_run.id / "record.json").unlink()

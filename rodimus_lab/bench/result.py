@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from rodimus_lab.records import environment
+from rodimus_lab.terminal import console, print_table
 from rodimus_lab.train.distributed import World
 from rodimus_lab.train.journal import device_facts
 
@@ -103,20 +103,16 @@ def show(result: Result, columns: Sequence[Column], as_json: bool, *more: Sequen
     load = "" if facts["load_average"] is None else f", load {facts['load_average']:.2f}"
     device = facts["cpu"] if facts["device"] == "cpu" else facts["device"]
     dirty = " with uncommitted changes" if facts["dirty"] else ""
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 200
     console.print(
         f"bench {result.name}: {device}, {facts['cpu_count']} cores, {facts['threads']} torch threads{load}; "
         f"{versions}, Python {facts['python']}; commit {str(facts['commit'])[:8]}{dirty}",
-        soft_wrap=True,
     )
-    console.print("  ".join(f"{name}: {value}" for name, value in result.settings.items()), soft_wrap=True)
+    console.print("  ".join(f"{name}: {value}" for name, value in result.settings.items()))
     tables = [result.to_table(each) for each in (columns, *more)]
     for table in [table for table in tables if table.row_count] or tables[:1]:
-        console.print(table)
+        print_table(table)
     for note in result.notes():
-        console.print(note, soft_wrap=True)
+        console.print(note)
 
 
 def _shown(value: Any, column: Column) -> str:

@@ -43,14 +43,12 @@ def runs_table(
     """The same for a terminal, in short; a section for each experiment. `extra` are further columns: heading ->
     `experiment/id` -> text."""
     table = RichTable(box=box.SIMPLE)
-    for name in ("run", "corpus"):
-        table.add_column(name, no_wrap=True, overflow="fold")
-    for name in ("budget", "device"):
-        table.add_column(name, overflow="fold")
+    for name in ("run", "corpus", "budget", "device"):
+        table.add_column(name)
     table.add_column("test ppl", justify="right")
     for name in extra or {}:
-        table.add_column(name, overflow="fold")
-    table.add_column("finished", no_wrap=True)
+        table.add_column(name)
+    table.add_column("finished")
     runs = runs_json(records, unfinished)
     for run, following in zip_longest(runs, runs[1:]):
         done = run["finished"][:10] if run["finished"] else f"at step {run['step'] or 0:,}"

@@ -27,7 +27,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (cut_off / "record.json").unlink()
     monkeypatch.setenv("RODIMUS_LAB_RESULTS", str(root))
     monkeypatch.setenv("RODIMUS_LAB_CHECKPOINTS", str(tmp_path / "checkpoints"))
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("rodimus_lab.terminal.console.width", 40)  # Nothing may depend on it.
     return root
 
 
