@@ -187,7 +187,7 @@ def measure_mixers(rows: list[Row], setting: MixerSetting, peers: bool = True) -
         first = first or seconds
         if first and seconds:
             row["over_first"] = seconds / first
-        rows.append(row | {"size": setting.size.name})
+        rows.append(row | {"size": setting.size.name, "width": setting.size.d_model})
         told = (
             row.get("note") or f"{1e9 * row['both_seconds_per_token']:,.1f} ns/token, {row['over_first']:.2f} x first"
         )

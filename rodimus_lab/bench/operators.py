@@ -240,7 +240,7 @@ def measure(
 
 
 def _mixers(scene: Scene, repeats: int, compile: bool, models: Sequence[str]) -> MixerSetting:
-    size = SIZES["350m" if scene.cuda else "smoke"]
+    size = SIZES["350m"] if scene.cuda else SIZES["smoke"]._replace(d_model=256, num_heads=4, context=512)
     return MixerSetting(size, scene.device, *scene.size(8 if scene.cuda else 1, size.context), repeats, compile, models)
 
 
@@ -259,7 +259,7 @@ def ops(
     as_json: AsJson = False,
 ) -> None:
     """Time the operators' backends and their peers, each checked against its definition first; and each model's token
-    mixer, at the 350M configuration on CUDA."""
+    mixer, at the 350M configuration on CUDA and at width 256 and 512 tokens elsewhere."""
     operators = [name if name == MIXERS else CASES.canonical(name) for name in only or [*CASES, MIXERS]]
     models = [MODELS.canonical(name) for name in model or []]
     if models and MIXERS not in operators:

@@ -109,6 +109,8 @@ class Entrant:
             "seq_len": self.size.context,
             "precision": self.precision,
         }
+        if self.size.d_model != SIZES[self.size.name].d_model:
+            row["width"] = self.size.d_model
         return row | ({"backends": dict(self.backends)} if self.backends else {})
 
     def training_flops_per_token(self) -> float:
@@ -247,6 +249,14 @@ def _in_short(row: Row) -> str:
     return f"{row['tokens_per_second']:,.0f} tokens/s{mfu}, peak {row['peak_bytes'] / 1e9:.1f} GB"
 
 
+def _at(size: Size, width: int | None, length: int | None) -> Size:
+    """Raises `UserError` for a width that is not so many heads of the size's own."""
+    head_width, width = size.d_model // size.num_heads, width or size.d_model
+    if width % head_width:
+        raise UserError(f"--width {width} is not a multiple of {head_width}, the width of a head of size {size.name!r}")
+    return size._replace(d_model=width, num_heads=width // head_width, context=length or size.context)
+
+
 def parse_backends(choices: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """From `operator=backend` texts. Raises `UserError` for what is no such pair or names what is not there."""
     pairs = [choice.partition("=") for choice in choices]
@@ -267,6 +277,9 @@ def train(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 256 on CUDA, 8 on a CPU.")] = None,
     seq_len: Annotated[
         int | None, typer.Option(min=2, help="Training length, which windows follow. Default: the size's own.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=64, help="Of the models, with heads as wide as before. Default: the size's own.")
     ] = None,
     micro_batch_size: Annotated[int | None, typer.Option(min=1, help="Default: as many as suit the device.")] = None,
     precision: Annotated[
@@ -298,7 +311,7 @@ def train(
         steps = steps or (20 if cuda else 3)
         if size not in SIZES:
             raise UserError(f"there is no size named {size!r}{did_you_mean(size, SIZES)}")
-        scale = SIZES[size]._replace(context=seq_len or SIZES[size].context)
+        scale = _at(SIZES[size], width, seq_len)
         backends = parse_backends(backend or [])
         asked = list(PEERS) if peers else [PEERS.canonical(name) for name in peer or []]
         entrants = [Entrant(name, scale, batch_size, precision, backends=backends) for name in model or MODELS]
@@ -315,5 +328,11 @@ def train(
         )
         facts = surroundings(world)
         rows = compare(entrants, world, options, steps)
-    settings = {"size": size, "batch": f"{batch_size} x {scale.context}", "precision": precision, "steps": steps}
+    settings = {
+        "size": size,
+        "width": scale.d_model,
+        "batch": f"{batch_size} x {scale.context}",
+        "precision": precision,
+        "steps": steps,
+    }
     show(Result("train", settings, rows, facts), COLUMNS, as_json)

@@ -198,6 +198,15 @@ def test_models_that_have_no_part_in_it_are_refused(arguments: tuple[str, ...], 
         CliRunner().invoke(app, ["ops", *arguments], catch_exceptions=False)
 
 
+def test_a_size_is_trained_at_another_width() -> None:
+    arguments = ("--model", "rodimus", "--batch-size", "1", "--seq-len", "16", "--steps", "1")
+    own, wide = (bench("train", *arguments, *more)["rows"][0] for more in ((), ("--width", "192")))
+    assert wide["params"] > own["params"]
+    assert (wide["width"], "width" in own) == (192, False)
+    with pytest.raises(UserError, match="--width 100 is not a multiple of 64"):
+        CliRunner().invoke(app, ["train", "--width", "100"], catch_exceptions=False)
+
+
 def test_a_wrong_mixer_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     right = OPERATORS["gated_linear"]
     wrong = right[-1]._replace(run=lambda *arguments: tuple(1.1 * x for x in right[-1].run(*arguments)), name="wrong")
