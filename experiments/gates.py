@@ -17,7 +17,7 @@ from rodimus_lab.command import command
 from rodimus_lab.convert import open_checkpoint
 from rodimus_lab.errors import UserError
 from rodimus_lab.gates import heat_maps, layer_gates
-from rodimus_lab.records import Record
+from rodimus_lab.records import Record, runs_root
 from rodimus_lab.report import FIGURES, Axis, Figure, Line, Panels, PaperResults, write_figure
 
 TEMPERATURES = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -59,7 +59,7 @@ def gates(
     text: Annotated[str, typer.Option(help="The sentence to read.")],
     layer: Annotated[int | None, typer.Option(help="Counted from 1. Default: the middle one.")] = None,
     beside: Annotated[str | None, typer.Option(help="A run without tau, for the maps of g and exp(-g).")] = None,
-    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("."),
+    out: Annotated[Path | None, typer.Option(help="The folder to write to. Default: results/gates.")] = None,
 ) -> None:
     """Draw the gates of a trained layer over a sentence, with and without the temperature (Figure 8)."""
     checkpoint = open_checkpoint(run)
@@ -76,5 +76,5 @@ def gates(
             raise UserError(f"{beside} has the gate tau; give a run without it, such as one of ablate --gate tau")
     tokens = [tokenizer.decode([token]) for token in ids]
     said = f"layer {'in the middle' if layer is None else layer}"
-    paths = write_figure(heat_maps(own, plain, tokens, said), out, f"gates-{name}")
+    paths = write_figure(heat_maps(own, plain, tokens, said), out or runs_root().parent / "gates", name)
     print(f"written: {', '.join(map(str, paths))}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -18,14 +19,23 @@ import typer
 from evals.needlebench import PRESETS, SUBTASKS, WEIGHTS, Cell, Source, Spec, evaluate, open_source, summarize
 from evals.needlebench.runner import BATCH_TOKENS, resumed
 from evals.needlebench.scores import by_length
-from evals.needlebench.spec import Task
+from evals.needlebench.spec import DEPTHS, Task
 from rodimus_lab.command import command
 from rodimus_lab.convert import open_checkpoint
 from rodimus_lab.convert.provenance import Provenance, provenance
 from rodimus_lab.data import Tokenizer, load_tokenizer
 from rodimus_lab.experiment import report
 from rodimus_lab.nn.model import LanguageModel
-from rodimus_lab.records import METRICS, Record, RunDir, canonical_json, environment, load_records, runs_root
+from rodimus_lab.records import (
+    METRICS,
+    Record,
+    RunDir,
+    canonical_json,
+    environment,
+    figures_root,
+    load_records,
+    runs_root,
+)
 from rodimus_lab.report import (
     FIGURES,
     Axis,
@@ -115,7 +125,7 @@ def needlebench(
     for line in lines(kept):
         print(line)
     for record in _maps([kept]):
-        for path in write_figure(heat_maps(record), runs_root().parent / "figures", f"{EXPERIMENT}-{record.id}"):
+        for path in write_figure(heat_maps(record), figures_root(), f"{EXPERIMENT}-{record.id}"):
             print(path)
 
 
@@ -194,7 +204,7 @@ def _score(
             "label": examined.origin.label,
             "corpus": examined.origin.corpus,
             "tokenizer": examined.tokenizer.name,
-            "budget": examined.origin.budget,
+            "budget": examined.origin.budget | {"scored": f"{grid(spec, measure.name)}, data {source.digest[:8]}"},
             "device": examined.device,
             "commit": facts["commit"],
             "metrics": summarize(spec, results),
@@ -207,15 +217,28 @@ def _whole_lines(path: Path) -> int:
     return path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0
 
 
+def grid(spec: Spec, length_tokenizer: str) -> str:
+    """What is asked, in words: grids whose words differ have scores that cannot be compared."""
+    first, *rest = lengths = sorted(spec.lengths)
+    steps = {after - before for before, after in pairwise(lengths)}
+    told = f"{first:,} to {rest[-1]:,} by {min(steps):,}" if len(steps) == 1 else ", ".join(f"{n:,}" for n in lengths)
+    depths = f"{len(DEPTHS)} depths" if spec.depths == DEPTHS else f"depths {', '.join(map(str, spec.depths))} %"
+    known = {"lengths", "depths", "tasks", "languages", "length_tokenizer"}
+    changed = [
+        f"{name.replace('_', ' ')} {value}"
+        for name, field in type(spec).model_fields.items()
+        if name not in known and (value := getattr(spec, name)) != field.default
+    ]
+    return "; ".join([f"{told} tokens of {length_tokenizer}", depths, ", ".join(spec.languages), *changed])
+
+
 def lines(record: Record) -> list[str]:
     """A record's scores in words."""
     metrics, spec = record.metrics, record.recipe["spec"]
     named = [name for name in (*NAMES, *(name for name in metrics if name.startswith("ancestry"))) if name in metrics]
     said = [f"{NAMES.get(name, name.replace('_', ' '))}: {metrics[name]:.2f}" for name in named]
-    lengths = (
-        f"{min(spec['lengths']):,} to {max(spec['lengths']):,} tokens of {record.recipe['length_tokenizer']['name']}"
-    )
-    found = [f"{record.id}: {metrics['cells']:,} cells, {lengths}, {', '.join(spec['languages'])}", *said]
+    asked = grid(Spec.from_dict(spec), record.recipe["length_tokenizer"]["name"])
+    found = [f"{record.id}: {metrics['cells']:,} cells; {asked}", *said]
     if impossible := metrics["impossible"]:
         key, reason = next(iter(impossible.items()))
         found.append(f"not scored: {len(impossible):,} cells, such as {key} ({reason})")

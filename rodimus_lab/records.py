@@ -56,6 +56,10 @@ def tables_root() -> Path:
     return runs_root().parent / "tables"
 
 
+def figures_root() -> Path:
+    return runs_root().parent / "figures"
+
+
 def canonical_json(value: Any) -> str:
     """Sorted keys, indent 1, trailing newline. Raises `ValueError` for NaN and infinity, which JSON has not."""
     return json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n"

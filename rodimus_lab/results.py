@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from rodimus_lab.config import did_you_mean
 from rodimus_lab.errors import UserError
-from rodimus_lab.records import Record, RunDir, canonical_json, load_records, tables_root
+from rodimus_lab.records import Record, RunDir, canonical_json, figures_root, load_records, tables_root
 from rodimus_lab.report.curves import draw_curves
 from rodimus_lab.report.paper import PaperResults
 
@@ -111,7 +111,7 @@ def table(name: str) -> pd.DataFrame:
 
 def figure(name: str) -> pd.DataFrame:
     """The numbers of a figure as `make figures` wrote them; a point that is not there says "not run"."""
-    return _read(tables_root().parent / "figures" / f"{name}.csv")
+    return _read(figures_root() / f"{name}.csv")
 
 
 def overview(experiment: str, *columns: str, root: Path | str | None = None) -> pd.DataFrame:
@@ -142,7 +142,7 @@ def curves(experiment: str, quantity: str = "loss", root: Path | str | None = No
 
 def picture(name: str) -> Any:
     """A drawn figure for a notebook to show; the text "not run" where it has not been drawn."""
-    path = tables_root().parent / "figures" / f"{name}.svg"
+    path = figures_root() / f"{name}.svg"
     if not path.is_file():
         return NOT_RUN
     from IPython.display import SVG

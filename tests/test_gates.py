@@ -62,9 +62,10 @@ def test_what_cannot_be_shown_is_an_error(model, options, layer, told) -> None:
 def test_from_the_command_line(cli, smoke_run, tmp_path) -> None:
     pytest.importorskip("matplotlib")
     text = "Return a list of the names"
-    result = cli("gates", smoke_run.id, "--text", text, "--layer", 2, "--out", tmp_path / "maps")
-    assert (result.code, result.err) == (0, "")
-    files = {path.suffix: path for path in (tmp_path / "maps").iterdir()}
+    for place, arguments in ((smoke_run.root / "gates", []), (tmp_path / "maps", ["--out", tmp_path / "maps"])):
+        result = cli("gates", smoke_run.id, "--text", text, "--layer", 2, *arguments)
+        assert (result.code, result.err) == (0, "")
+        files = {path.suffix: path for path in place.iterdir()}
     assert set(files) == {".svg", ".pdf", ".png", ".csv"}
     rows = list(csv.DictReader(files[".csv"].read_text().splitlines()))
     names = dict.fromkeys((int(row["column"]), row["token"]) for row in rows)

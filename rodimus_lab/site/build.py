@@ -11,7 +11,7 @@ from typing import Any
 
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.zoo import MODELS
-from rodimus_lab.records import PROJECT_ROOT, Record, canonical_json, load_records, tables_root
+from rodimus_lab.records import PROJECT_ROOT, Record, canonical_json, figures_root, load_records, tables_root
 from rodimus_lab.registry import load_plugins
 from rodimus_lab.report import FIGURES, PaperResults, quoted_tables, write, write_figure
 from rodimus_lab.report.artefacts import PAPER, belongs, beyond
@@ -121,7 +121,7 @@ def _draw(folder: Path, records: Sequence[Record], paper: PaperResults) -> dict[
 def _figure(folder: Path, name: str, drawing: Any) -> FigureView:
     """The files of `make figures` where they have the same numbers, for drawing takes its time; else drawn anew."""
     numbers = figure_csv(drawing)
-    there = sorted((tables_root().parent / "figures").glob(f"{name}.*"))
+    there = sorted(figures_root().glob(f"{name}.*"))
     beside = next((path for path in there if path.suffix == ".csv"), None)
     if {path.suffix for path in there} == set(FILES) and beside and beside.read_text(encoding="utf-8") == numbers:
         folder.mkdir(exist_ok=True)

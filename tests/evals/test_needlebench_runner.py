@@ -189,8 +189,20 @@ def test_the_record_says_what_was_scored_and_how(model, monkeypatch) -> None:
     assert (record.recipe["dtype"], record.recipe["model"]) == ("fp32", ORIGIN.identity)
     assert record.recipe["spec"] == SPEC.to_dict()
     assert record.metrics["overall"] == pytest.approx(100)
-    assert "500 to 900 tokens of bytes, en, zh" in lines(record)[0]
+    asked = "500 to 900 by 400 tokens of bytes; depths 0, 50, 100 %; en, zh; repeats 2; buffer 100; max new tokens 6"
+    assert lines(record)[0] == f"{record.id}: {len(SPEC.cells())} cells; {asked}"
     assert "Overall: 100.00" in lines(record)
+
+
+def test_scores_of_two_grids_are_not_ranked_together(model, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "Generation", Knowing)
+    table = needlebench_table([score(model), score(model, SPEC.replace(lengths=(900,)))], PaperResults())
+    found = [index for index, header in enumerate(table.headers) if header.startswith("Overall (made-up")]
+    assert len(found) == 2
+    assert not any(mark for marks in table.marks for mark in marks)
+    assert any(
+        "; 900 tokens of bytes;" in text.replace("smoke budget 2 steps, batch 1, ", "; ") for text in table.settings
+    )
 
 
 def test_figures_and_table_of_a_record(model, monkeypatch, place) -> None:
@@ -232,7 +244,7 @@ def test_the_command(cli, smoke_run, tmp_path) -> None:
     assert 0 <= record.metrics["single_retrieval"] <= 100
     assert 0 <= record.metrics["ancestry_en_circular"] <= record.metrics["ancestry_en"] <= 100
     assert "overall" not in record.metrics
-    assert f"{record.id}: 20 cells, 200 to 200 tokens of pydoc-4096, en" in result.out
+    assert f"{record.id}: 20 cells; 200 tokens of pydoc-4096; depths 0, 100 %; en; repeats 1" in result.out
     assert {path.suffix for path in (smoke_run.root / "figures").iterdir()} == {".svg", ".pdf", ".png", ".csv"}
     assert cli(*arguments).out == result.out
     assert len(load_records(experiment="needlebench")) == 1
