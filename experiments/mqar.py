@@ -21,6 +21,7 @@ from rodimus_lab.recipe import BudgetConfig, OptimizerConfig, Recipe, ScheduleCo
 from rodimus_lab.records import Record, load_records
 from rodimus_lab.report import FIGURES, NOT_RUN, Axis, Cell, Column, Figure, Line, PaperResults, Table
 from rodimus_lab.report.recall import EXPANSION_FIELDS, METRIC, Best, best_points, spread_over_seeds, too_close
+from rodimus_lab.scoring import Precision
 
 LAYERS = 2
 SEED = 123  # Zoology's
@@ -32,6 +33,7 @@ LONG, LONG_WIDTH = 1024, 256  # Figure 1b
 BATCHES = {64: 512, 128: 512, 256: 256, 512: 128, 1024: 64}
 RATES = {"6": (1e-4, 4.642e-4, 2.154e-3, 1e-2), "1b": (3.162e-4, 3.162e-3, 1e-2)}
 EPOCHS = {"6": 64, "1b": 32}
+PRECISION: Precision = "tf32"
 CLOSE = 0.03
 SEEDS = 3
 SHORT = 8  # The short budget has one epoch for so many of the paper's.
@@ -65,16 +67,17 @@ def mqar(
     expansion: Annotated[int | None, Field(ge=1)] = None,
     lr: Annotated[float | None, Field(gt=0)] = None,
     budget: BudgetName | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision | None = None,
     seed: Annotated[int, Field(ge=0)] = SEED,
 ) -> Sequence[Recipe]:
     """Train on multi-query associative recall: a figure's runs, or those of one model, length, width or rate.
 
-    The smoke budget trains one small model on a short task; the short one has an eighth of the epochs.
+    The smoke budget trains one small model on a short task; the short one has an eighth of the epochs. The precision is
+    tf32 unless it is given, of the smoke budget fp32.
     """
     name, _ = choose_budget(budget)
     if name == "smoke":
-        return [_smoke(model or "rodimus", lr=lr, seed=seed, precision=precision)]
+        return [_smoke(model or "rodimus", lr=lr, seed=seed, precision=precision or "fp32")]
     models: Sequence[str] = FIGURE_6_MODELS if figure == "6" else FIGURE_1B_MODELS
     if model is not None:
         models = [MODELS.canonical(model)]
@@ -95,7 +98,7 @@ def mqar(
     return [
         recipe_of(
             one, single(t, PAPER_PAIRS[t]), d, rate, epochs=trained, paper_epochs=epochs, batch_size=BATCHES[t],
-            name=name, expansion=n, seed=seed, precision=precision,
+            name=name, expansion=n, seed=seed, precision=precision or PRECISION,
         )
         for t, d, n in points
         for one in models
@@ -116,7 +119,7 @@ def recipe_of(
     expansion: int | None = None,
     layers: int = LAYERS,
     seed: int = SEED,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = PRECISION,
 ) -> Recipe:
     """One run: a model of `layers` blocks, evaluated after every epoch."""
     per_epoch = sum(-(-segment.num_examples // batch_size) for segment in data.train)
@@ -153,7 +156,7 @@ def architecture(
     return config.replace(pattern=config.blocks[:layers], repeats=1)
 
 
-def _smoke(model: str, *, lr: float | None, seed: int, precision: Literal["fp32", "bf16"]) -> Recipe:
+def _smoke(model: str, *, lr: float | None, seed: int, precision: Precision) -> Recipe:
     def segment(count: int) -> MqarSegment:
         return MqarSegment(num_examples=count, seq_len=int(SMOKE["seq_len"]), num_pairs=int(SMOKE["num_pairs"]))
 
@@ -272,8 +275,8 @@ def _in_1b(point: Best) -> bool:
 
 
 def _full(records: Iterable[Record]) -> list[Best]:
-    """The points of runs at the paper's budget, in float32 as Zoology's."""
-    kept = [r for r in records if r.budget["name"] == "paper" and r.recipe["precision"] == "fp32"]
+    """The points of runs at the paper's budget and in the precision that is taken for all of them."""
+    kept = [r for r in records if r.budget["name"] == "paper" and r.recipe["precision"] == PRECISION]
     return [best for points in best_points(kept).values() for best in points]
 
 

@@ -109,7 +109,7 @@ class Recipe(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     budget: BudgetConfig
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     seed: Annotated[int, Field(ge=0)] = 0
     evaluators: tuple[str, ...] = ("perplexity",)
 

@@ -17,12 +17,19 @@ from torch.nn.functional import cross_entropy
 from rodimus_lab.nn.model import IGNORE, LanguageModel, at_positions
 from rodimus_lab.ops.segments import Segments
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """The context in which a recipe's `precision` is computed: matrix products in bfloat16 over float32 weights."""
+    """The context in which a recipe's `precision` is computed: with bf16, matrix products in bfloat16 over float32
+    weights. The others are told to the process, by `set_matmul_precision`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def set_matmul_precision(device: torch.device, precision: Precision) -> None:
+    """Products of float32 matrices on CUDA, which a GPU may round to TensorFloat32 (10 bits), but not with fp32."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
 
 
 @contextmanager

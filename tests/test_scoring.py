@@ -8,7 +8,9 @@ from rodimus_lab.nn.block import BlockConfig
 from rodimus_lab.nn.heads import HeadSharing
 from rodimus_lab.nn.model import IGNORE, LanguageModelConfig
 from rodimus_lab.ops.segments import Segments
-from rodimus_lab.scoring import perplexity, summarize, token_log_likelihoods
+from rodimus_lab.ops.triton_facts import dot_precision
+from rodimus_lab.scoring import perplexity, set_matmul_precision, summarize, token_log_likelihoods
+from rodimus_lab.train.throughput import peak_flops
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +18,27 @@ def model():
     torch.manual_seed(0)
     block = BlockConfig(hops=((AttentionConfig(heads=HeadSharing.of("mha", 2)),),))
     return LanguageModelConfig(vocab_size=32, d_model=16, pattern=(block,), repeats=2, dropout=0.5).build()
+
+
+@pytest.mark.parametrize(("precision", "ours"), [("fp32", "tf32x3"), ("tf32", "tf32"), ("bf16", "tf32")])
+def test_a_precision_holds_for_torchs_products_and_the_kernels(precision, ours):
+    before = torch.get_float32_matmul_precision()
+    try:
+        for other in ("fp32", "tf32"):  # Whatever an earlier run of the process had.
+            set_matmul_precision(torch.device("cuda"), other)
+            set_matmul_precision(torch.device("cuda"), precision)
+            assert torch.get_float32_matmul_precision() == ("highest" if precision == "fp32" else "high")
+            assert (dot_precision(torch.float32), dot_precision(torch.bfloat16)) == (ours, "tf32")
+            set_matmul_precision(torch.device("cpu"), "fp32")
+            assert dot_precision(torch.float32) == ours
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_the_peak_is_that_of_the_precision():
+    found = [peak_flops("NVIDIA H200", precision) for precision in ("bf16", "tf32", "fp32")]
+    assert found == [989e12, 494.5e12, None]
+    assert peak_flops("a laptop's", "bf16") is None
 
 
 def by_hand(model, ids):

@@ -29,6 +29,7 @@ from rodimus_lab.nn.zoo import SIZES, Size, model_config, slug
 from rodimus_lab.ops.backend import use_backend
 from rodimus_lab.recipe import BudgetConfig, DataConfig, Recipe, ScheduleConfig
 from rodimus_lab.records import RunDir
+from rodimus_lab.scoring import set_matmul_precision
 from rodimus_lab.train import Trainer, TrainOptions
 from rodimus_lab.train.distributed import World, session
 from rodimus_lab.train.feed import Batch, Feed
@@ -36,7 +37,7 @@ from rodimus_lab.train.optimizer import build_optimizer, decay_groups
 from rodimus_lab.train.step import Stepper, default_rows, fit_rows
 from rodimus_lab.train.throughput import median, peak_flops, utilization
 
-Precision = Literal["fp32", "bf16", "bf16-params"]
+Precision = Literal["fp32", "tf32", "bf16", "bf16-params"]
 MODELS = ("transformer++", "rodimus", "rodimus+")
 WARMUP = 3
 COLUMNS = (
@@ -78,7 +79,7 @@ def recipe_of(label: str, model: str, size: Size, batch_size: int, precision: Pr
         data=DataConfig(corpus="random", tokenizer="none", seq_len=size.context),
         schedule=ScheduleConfig(kind="constant", warmup_steps=0),
         budget=BudgetConfig(name="smoke", steps=1_000_000, batch_size=batch_size),
-        precision="fp32" if precision == "fp32" else "bf16",
+        precision="bf16" if precision == "bf16-params" else precision,
     )
 
 
@@ -137,8 +138,7 @@ def our_stepper(entrant: Entrant, loader: RandomTokens, world: World, options: T
 def their_stepper(entrant: Entrant, world: World, options: TrainOptions) -> tuple[Stepper, bool]:
     """The same step around a peer."""
     recipe, device = entrant.recipe, world.device
-    if device.type == "cuda" and recipe.precision == "bf16":
-        torch.set_float32_matmul_precision("high")
+    set_matmul_precision(device, recipe.precision)
     peer = build(entrant.name, entrant.size, device).train()
     if entrant.precision == "bf16-params":
         peer = peer.to(torch.bfloat16)
@@ -285,7 +285,8 @@ def train(
     precision: Annotated[
         Precision | None,
         typer.Option(
-            help="bf16: autocast over float32 weights, as rodimus-lab trains; bf16-params: weights and moments too. "
+            help="bf16: autocast over float32 weights, as rodimus-lab trains; bf16-params: weights and moments too; "
+            "tf32: products of float32 on tensor cores. "
             "Default: bf16 on CUDA, fp32 on a CPU."
         ),
     ] = None,

@@ -22,9 +22,10 @@ PEAK_BF16_FLOPS = {
 
 def peak_flops(name: str, precision: Precision) -> float | None:
     """Peak FLOP/s of the device of that name, or None where it is not known."""
-    if precision != "bf16":
+    peak = next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+    if peak is None or precision == "fp32":
         return None
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+    return peak if precision == "bf16" else peak / 2  # TensorFloat32 runs at half the rate on all of these.
 
 
 def utilization(flops_per_token: float, tokens_per_second: float | None, peak: float | None) -> float | None:

@@ -22,6 +22,7 @@ from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModel
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import RECORD, RunDir, environment, runs_root
+from rodimus_lab.scoring import set_matmul_precision
 from rodimus_lab.train.checkpoint import CheckpointStore, hold
 from rodimus_lab.train.distributed import World, session, whole
 from rodimus_lab.train.evaluation import evaluate, note_evaluation
@@ -136,8 +137,7 @@ class Trainer:
         on_cuda = device.type == "cuda"
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(device)  # What an earlier run of this process took is not this one's.
-        if on_cuda and recipe.precision == "bf16":
-            torch.set_float32_matmul_precision("high")
+        set_matmul_precision(device, recipe.precision)
         torch.manual_seed(recipe.seed)
         self.model = recipe.model.build()
         self.groups = decay_groups(self.model)

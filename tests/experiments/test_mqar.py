@@ -76,7 +76,7 @@ def test_figure_6_is_d_7_and_zoology():
             0.1,
             None,
         )
-        assert (recipe.schedule.kind, recipe.precision, recipe.seed) == ("cosine_by_epoch", "fp32", 123)
+        assert (recipe.schedule.kind, recipe.precision, recipe.seed) == ("cosine_by_epoch", "tf32", 123)
     rates = sorted({recipe.optimizer.lr for recipe in recipes})
     assert [math.log10(rate) for rate in rates] == pytest.approx([-4, -3.3, -2.7, -2], abs=0.05)
 
@@ -170,6 +170,7 @@ def test_figure_1b_has_the_papers_points_and_ours():
 def test_a_panel_of_figure_6_shows_full_runs_only():
     short = [record(r, 0.7) for r in mqar("6", model="rodimus", length=128, width=64, lr=1e-2, budget="short")]
     bf16 = [record(r, 0.7) for r in mqar("6", model="rodimus", length=128, width=64, budget="paper", precision="bf16")]
+    assert {r.recipe["precision"] for r in short} == {"tf32"}
     assert FIGURES["figure06-128"](short + bf16, PAPER).lines == []
     full = runs([0.1, 0.5, 0.9, 0.2], model="rodimus", length=128, width=64)
     (line,) = FIGURES["figure06-128"](full, PAPER).lines

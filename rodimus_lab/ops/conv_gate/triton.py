@@ -28,6 +28,7 @@ from torch import Tensor
 from rodimus_lab.ops.fast_math import sigmoid, times_sigmoid
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.tracing import kernel_operator
+from rodimus_lab.ops.triton_facts import dot_precision
 
 
 @triton.jit
@@ -287,7 +288,7 @@ def _constants(x: Tensor, up: Tensor, weight: Tensor, state: Tensor | None, ids:
         "BR": max(16, triton.next_power_of_2(R)),
         "STATE": state is not None,
         "PACKED": ids is not None,
-        "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
+        "PRECISION": dot_precision(x.dtype),
     }
 
 

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.tracing import kernel_operator
+from rodimus_lab.ops.triton_facts import dot_precision
 
 CHUNK = 64
 MAX_KEY_WIDTH = 256
@@ -346,7 +347,7 @@ class _Plan(NamedTuple):
 
     @property
     def precision(self) -> str:
-        return "tf32x3" if self.dtype.itemsize == 4 else "tf32"
+        return dot_precision(self.dtype)
 
     def wide(self, width: int) -> dict[str, Any]:
         return {"H": self.H, "BK": self.BK, "BV": width, "C": CHUNK, "PRECISION": self.precision}
