@@ -93,7 +93,7 @@ class Variant(Config):
 
 def did_you_mean(name: str, known: Any) -> str:
     """The tail of a sentence about an unknown name: its nearest neighbour, then all the good ones."""
-    names = sorted(known)
+    names = sorted(set(known))
     close = difflib.get_close_matches(name, names, n=1)
     return (f"; did you mean {close[0]!r}?" if close else ";") + f" known: {', '.join(names)}"
 

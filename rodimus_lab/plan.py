@@ -12,6 +12,7 @@ from rich.table import Table
 
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import Record, RunDir, describe_budget, runs_root
+from rodimus_lab.terminal import print_table
 
 
 class Planned(NamedTuple):
@@ -74,7 +75,11 @@ def show_plan(recipes: Iterable[Recipe], records: Sequence[Record], console: Con
     if as_json:
         print(json.dumps([one.facts for one in planned], indent=1))
         return
-    console.print(plan_table(planned))
+    table = plan_table(planned)
+    if console.is_terminal:
+        console.print(table)
+    else:
+        print_table(table, console)
     left = [one for one in planned if one.state != "finished"]
     hours = [one.hours for one in left if one.hours is not None]
     devices = ", ".join(sorted({one.device for one in left if one.device}))

@@ -46,7 +46,7 @@ SAMPLES = "samples.jsonl"  # Prompts and what the run made of them, where any we
 
 
 def runs_root() -> Path:
-    """`$RODIMUS_LAB_RESULTS`, or `results/runs` under the project's root."""
+    """`$RODIMUS_LAB_RESULTS`, or `results/runs` under the project's root; tables and figures stand beside it."""
     chosen = os.environ.get("RODIMUS_LAB_RESULTS")
     return Path(chosen).expanduser() if chosen else PROJECT_ROOT / "results" / "runs"
 

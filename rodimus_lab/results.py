@@ -219,7 +219,8 @@ def select(records: Sequence[Record], where: Iterable[str] = (), sort: str | Non
     for key in [*(condition.key for condition in conditions), *([order] if order else [])]:
         known = {path for _, values in rows for path in values}
         if rows and key not in known and not any(path.endswith(f".{key}") for path in known):
-            raise UserError(f"no run has a {key!r}{did_you_mean(key, [path.rpartition('.')[2] for path in known])}")
+            names = {path.rpartition(".")[2] for path in known}
+            raise UserError(f"no run has a {key!r}{did_you_mean(key, [name for name in names if not name.isdigit()])}")
     kept = [(record, values) for record, values in rows if all(one.holds(values) for one in conditions)]
     if order:
         given = [(record, column(values, order)) for record, values in kept]

@@ -203,7 +203,7 @@ def _columns(records: Sequence[Record], keys: Sequence[str]) -> dict[str, dict[s
     """What to show beside the usual columns: heading -> run id -> text."""
     return {
         key: {
-            f"{record.experiment}/{record.id}": _plain(results.column(results.row(record, recipes=True), key))
+            f"{record.experiment}/{record.id}": _short(results.column(results.row(record, recipes=True), key))
             for record in records
         }
         for key in keys
@@ -273,6 +273,10 @@ def _table(headings: Sequence[str], rows: Any, text: Callable[[Any], str]) -> Ri
     for name, *values in rows:
         table.add_row(str(name), *map(text, values))
     return table
+
+
+def _short(value: Any) -> str:
+    return _number(value) if isinstance(value, float) else _plain(value)
 
 
 def _plain(value: Any) -> str:

@@ -12,11 +12,10 @@ from rich.table import Table
 console = Console(highlight=False, markup=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table, to: Console = console) -> None:
     """With every cell on one line: one that is broader than the terminal runs over instead of being squeezed."""
-    broad = console.options.update(max_width=10_000)
-    table.width = Measurement.get(console, broad, table).maximum
-    console.print(table, crop=False)
+    table.width = Measurement.get(to, to.options.update(max_width=10_000), table).maximum
+    to.print(table, crop=False)
 
 
 def shown(path: Path, root: Path) -> str:

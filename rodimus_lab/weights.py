@@ -84,7 +84,7 @@ def find_model(run: str | Path, root: Path | str | None = None) -> Path:
         if isinstance(run, str) and NAME.fullmatch(run) and any(runs_root().glob(f"*/{run}/{RECORD}")):
             raise UserError(
                 f"{run!r} has a record, but no weights under {base}, as committed runs have none; to train it again, "
-                "set RODIMUS_LAB_RESULTS to another folder"
+                "set RODIMUS_LAB_RESULTS to another folder, such as ~/my-results/runs"
             )
         raise UserError(f"no weights of {str(run)!r} are in that folder or under {base}; train the run first")
     if len(found) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -99,14 +100,20 @@ def evaluate(
     done = {line["task"]: line for line in run.read_metrics()}
     for name in done:
         say(f"{name}: done before")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for name in ("lm_eval", "huggingface_hub"):  # Which tells of each attempt; the error says it once.
+        logging.getLogger(name).setLevel(logging.ERROR)
     model = None
     for name in tasks.names:
         if name in done:
             continue
         model = model or subject.load()
         started = time.perf_counter()
-        scores = _scores(model, name, tasks, limit)
+        try:
+            scores = _scores(model, name, tasks, limit)
+        except BaseException:
+            if not done:  # A run without a task would be listed as one that can go on.
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise
         line = {"task": name, **scores, "seconds": round(time.perf_counter() - started, 1)}
         run.append_metrics(line)
         done[name] = line

@@ -43,7 +43,7 @@ def runs_table(
     """The same for a terminal, in short; a section for each experiment. `extra` are further columns: heading ->
     `experiment/id` -> text."""
     table = RichTable(box=box.SIMPLE)
-    for name in ("run", "corpus", "budget", "device"):
+    for name in ("experiment", "run", "corpus", "budget", "device"):
         table.add_column(name)
     table.add_column("test ppl", justify="right")
     for name in extra or {}:
@@ -56,7 +56,8 @@ def runs_table(
         budget = f"{run['budget'].partition(' ')[0]}, {run['steps']:,}" if run["steps"] else MISSING
         ends = following is not None and following["experiment"] != run["experiment"]
         more = [texts.get(f"{run['experiment']}/{run['id']}", MISSING) for texts in (extra or {}).values()]
-        cells = [run["id"], run["corpus"] or MISSING, budget, run["device"] or MISSING, ppl, *more, done]
+        names = [run["experiment"], run["id"], run["corpus"] or MISSING]
+        cells = [*names, budget, run["device"] or MISSING, ppl, *more, done]
         table.add_row(*cells, end_section=ends)
     return table
 

@@ -91,6 +91,8 @@ class TestWithLmEval:
 
         command = ("eval", smoke_run.id, "--suite", "arc_easy,piqa", "--data-dir", folder, "--device", "cpu")
         monkeypatch.setattr(evaluation, "_scores", interrupted)
+        assert cli("eval", smoke_run.id, "--suite", "piqa", "--data-dir", folder, "--device", "cpu").code == 130
+        assert not [run for run in load_unfinished(None) if run.experiment == "eval"], "there is nothing to go on with"
         assert cli(*command).code == 130
         assert [run.last["task"] for run in load_unfinished(None) if run.experiment == "eval"] == ["arc_easy"]
         monkeypatch.setattr(evaluation, "_scores", watched)
