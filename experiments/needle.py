@@ -24,7 +24,7 @@ from rodimus_lab.report import Metric, PaperResults, Table, paper_vs_measured
 
 CONTEXT = 2048
 SMOKE_CONTEXT = 48
-STEPS, SMOKE_STEPS = 4000, 128
+STEPS, SMOKE_STEPS = 4000, 256
 PLACES = (
     "Lisbon", "Prague", "Dublin", "Geneva", "Naples", "Vienna", "Madrid", "Boston", "Athens", "Warsaw", "Lima", "Cairo",
     "Quebec", "Nairobi", "Seoul", "Havana", "Tallinn", "Bergen", "Porto", "Krakow", "Salta", "Perth", "Osaka", "Malta",

@@ -53,8 +53,8 @@ class NeedleConfig(Config):
     """The data of a run. A value is one word out of each tuple of `values`, joined by spaces.
 
     `before` stands before the haystack and `after` between it and the question. `hold_out`: valid and test hide values,
-    or keys with values, that training does not. `answers_only` counts the answers' tokens in the loss, else all tokens.
-    `shortest` is the least length of a document in training, in tokens.
+    or of every value as many keys, that training does not. `answers_only` counts the answers' tokens in the loss, else
+    all tokens. `shortest` is the least length of a document in training, in tokens.
     """
 
     task: Literal["needle"] = "needle"
@@ -83,9 +83,20 @@ class NeedleConfig(Config):
 
     def split_of(self, key: str, value: str) -> str:
         """train, valid or test."""
-        text = value if self.hold_out == "value" else f"{key} {value}"
-        bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10
-        return next((split for split, tenth in HELD_OUT.items() if tenth == bucket), "train")
+        if self.hold_out == "value":
+            tenth = _hash(value) % 10
+        else:
+            tenth = 9 - _shuffled(self.keys, value).index(key) // math.ceil(len(self.keys) / 10)
+        return next((split for split, held in HELD_OUT.items() if held == tenth), "train")
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+@lru_cache(maxsize=1 << 16)
+def _shuffled(keys: Words, value: str) -> Words:
+    return tuple(sorted(keys, key=lambda key: _hash(f"{key} {value}")))
 
 
 class NeedleDocuments:

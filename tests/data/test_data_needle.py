@@ -71,6 +71,15 @@ def test_depths_are_spread_over_the_whole_haystack(documents) -> None:
     assert max(tokens) > 70
 
 
+def test_no_answer_is_likelier_than_another_among_held_out_pairs() -> None:
+    data = DATA.replace(hold_out="pair", keys=tuple(f"key {number}" for number in range(16)))
+    for split, share in {"train": 12, "valid": 2, "test": 2}.items():
+        counts = {value: sum(data.split_of(key, value) == split for key in data.keys) for value in data.all_values}
+        assert set(counts.values()) == {share}
+    orders = {tuple(data.split_of(key, value) for key in data.keys) for value in data.all_values}
+    assert len(orders) > 1, "the same keys are held out of every value"
+
+
 @pytest.mark.parametrize("hold_out", ["value", "pair"])
 def test_what_is_held_out_is_never_hidden_in_training(prepared, hold_out) -> None:
     data = DATA.replace(hold_out=hold_out)
