@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
 
-from rodimus_lab.records import FROM_FOLDER, PUBLISHED
+from rodimus_lab.records import FROM_FOLDER, PUBLISHED, UNTRAINED
 from rodimus_lab.report.paper import Printed
 
 Source: TypeAlias = Literal["paper", "measured", "computed", ""]
@@ -226,7 +226,7 @@ def corpora(paper_corpus: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 def stands_in(corpus: str | None, paper_corpus: str | tuple[str, ...] | None) -> bool:
     """Whether a corpus is none of the paper's, where these are known."""
-    return paper_corpus is not None and corpus not in (*corpora(paper_corpus), PUBLISHED, FROM_FOLDER)
+    return paper_corpus is not None and corpus not in (*corpora(paper_corpus), PUBLISHED, FROM_FOLDER, UNTRAINED)
 
 
 def check_name(name: str) -> None:
