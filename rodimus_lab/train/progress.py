@@ -38,11 +38,12 @@ class Progress:
         self._bar.stop()
 
     def report(self, loss: float, rate: float | None, mfu: float | None, seconds_left: float | None) -> None:
-        """Renew what is shown beside the step: loss in nats, tokens a second, MFU (0 to 1), time left; None: -."""
+        """Renew what is shown beside the step: loss in nats, tokens a second, MFU (0 to 1; left out where the device's
+        peak is not known), time left."""
         speed = "-" if rate is None else f"{rate:,.0f}"
-        share = "-" if mfu is None else f"{mfu:.1%}"
+        share = "" if mfu is None else f"MFU {mfu:.1%}  "
         left = "-" if seconds_left is None else str(timedelta(seconds=round(seconds_left)))
-        self._status = f"loss {loss:.4f}  {speed} tokens/s  MFU {share}  ETA {left}"
+        self._status = f"loss {loss:.4f}  {speed} tokens/s  {share}ETA {left}"
 
     def advance(self, step: int) -> None:
         if self._live:

@@ -222,7 +222,7 @@ def test_plain_progress_lines(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "5 tensors with weight decay 0.1, 7 without" in out
     assert "step 4/4  loss " in out
-    assert "MFU -" in out
+    assert "MFU" not in out, "of a CPU no peak is known"
 
 
 def test_two_processes_cannot_train_one_run(tmp_path):
