@@ -29,8 +29,8 @@ FIGURE_1A = (
     *(("rodimus", 5), ("rodimus+", 5), ("mamba", 4), ("mamba2", 5), ("hgrn2", 5), ("gla", 5)),
     ("transformer++", 6),  # StreamingLLM, whose weights are Transformer++'s
 )
-SCORED = {f"figure{number}": "rodimus-lab needlebench RUN" for number in (5, *range(9, 15))}
-SCORED["figure8"] = "rodimus-lab gates RUN"
+OF_A_RUN = {f"figure{number}": "rodimus-lab needlebench RUN" for number in (5, *range(9, 15))}
+OF_A_RUN["figure8"] = "rodimus-lab gates RUN"
 NEEDS = {
     "figure1b": "Small models: the host sets the pace, so FLOPs give no hours.",
     "figure6": "Small models: the host sets the pace, so FLOPs give no hours.",
@@ -124,8 +124,8 @@ def _commands(artefact: Artefact) -> Iterator[str]:
     options = f" --figure {artefact.label.removeprefix('Figure ')}" if "mqar" in feeding else ""
     there = [name for name in feeding if name in EXPERIMENTS or name in COMMANDS]
     yield from (f"rodimus-lab {name}{options}" for name in sorted(there, key=_breadth))
-    if artefact.name in SCORED:
-        yield SCORED[artefact.name]
+    if artefact.name in OF_A_RUN:
+        yield OF_A_RUN[artefact.name]
     elif not names and any(belongs(name, artefact) for name in FIGURES):
         yield "make figures"
     if names and not feeding:

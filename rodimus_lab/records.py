@@ -57,6 +57,7 @@ def tables_root() -> Path:
 
 
 def figures_root() -> Path:
+    """Where figures are drawn: `figures` beside the runs."""
     return runs_root().parent / "figures"
 
 

@@ -106,9 +106,9 @@ def evaluate(
     for name in tasks.names:
         if name in done:
             continue
-        model = model or subject.load()
-        started = time.perf_counter()
         try:
+            model = model or subject.load()
+            started = time.perf_counter()
             scores = _scores(model, name, tasks, limit)
         except BaseException:
             if not done:  # A run without a task would be listed as one that can go on.

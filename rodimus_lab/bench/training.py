@@ -249,7 +249,7 @@ def _in_short(row: Row) -> str:
     return f"{row['tokens_per_second']:,.0f} tokens/s{mfu}, peak {row['peak_bytes'] / 1e9:.1f} GB"
 
 
-def _at(size: Size, width: int | None, length: int | None) -> Size:
+def _resized(size: Size, width: int | None, length: int | None) -> Size:
     """Raises `UserError` for a width that is not so many heads of the size's own."""
     head_width, width = size.d_model // size.num_heads, width or size.d_model
     if width % head_width:
@@ -312,7 +312,7 @@ def train(
         steps = steps or (20 if cuda else 3)
         if size not in SIZES:
             raise UserError(f"there is no size named {size!r}{did_you_mean(size, SIZES)}")
-        scale = _at(SIZES[size], width, seq_len)
+        scale = _resized(SIZES[size], width, seq_len)
         backends = parse_backends(backend or [])
         asked = list(PEERS) if peers else [PEERS.canonical(name) for name in peer or []]
         entrants = [Entrant(name, scale, batch_size, precision, backends=backends) for name in model or MODELS]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rodimus_lab.nn.norm import at_least_fp32
-from rodimus_lab.ops.tracing import kernel_operator
+from rodimus_lab.ops.tracing import opaque_operator
 
 
 def rotary_table(positions_BT: Tensor, width: int, base: float, dtype: torch.dtype) -> Tensor:
@@ -27,7 +27,7 @@ def rotary_frequency(width: int, base: float, device: torch.device) -> Tensor:
 
 
 # Opaque to the compiler, which would otherwise compute a cosine and a power for every element of q and k.
-@kernel_operator("rotary_table")
+@opaque_operator("rotary_table")
 def _table(positions_BT: Tensor, width: int, base: float, double: bool) -> Tensor:
     exponent = torch.arange(0, width, 2, device=positions_BT.device, dtype=torch.float64) / width
     angle_BTK = positions_BT.unsqueeze(-1) * base**-exponent

@@ -25,7 +25,7 @@ def untraced(function: Function) -> Function:
     return cast(Function, torch._disable_dynamo(function))
 
 
-def kernel_operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+def opaque_operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """The function, whose first argument is a tensor, as the operator rodimus_lab::`name` (`torch.library.custom_op`),
     which the compiler takes as it is.
 

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from rodimus_lab.ops.tracing import constant, kernel_operator, untraced
+from rodimus_lab.ops.tracing import constant, opaque_operator, untraced
 
 
 def test_a_constant_is_marked_as_torchs_own():
@@ -42,8 +42,8 @@ def test_what_is_untraced_runs_as_it_is_between_what_is_compiled():
     assert not any("sin" in name for graph in graphs for name in graph)
 
 
-def test_a_kernels_operator_runs_without_autocast():
-    @kernel_operator("test_of_autocast")
+def test_an_opaque_operator_runs_without_autocast():
+    @opaque_operator("test_of_autocast")
     def product(x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
         assert y is not None
         return x @ y

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rodimus_lab.ops.fast_math import sigmoid, times_sigmoid
 from rodimus_lab.ops.segments import Segments
-from rodimus_lab.ops.tracing import kernel_operator
+from rodimus_lab.ops.tracing import opaque_operator
 from rodimus_lab.ops.triton_facts import dot_precision
 
 
@@ -292,7 +292,7 @@ def _constants(x: Tensor, up: Tensor, weight: Tensor, state: Tensor | None, ids:
     }
 
 
-@kernel_operator("conv_gate")
+@opaque_operator("conv_gate")
 def _forward(
     x: Tensor, down: Tensor, up: Tensor, up_bias: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None,
     ids: Tensor | None,
@@ -320,7 +320,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(*x.shape[:2], down.shape[0])
 
 
-@kernel_operator("conv_gate_backward")
+@opaque_operator("conv_gate_backward")
 def _backward(
     x: Tensor, down: Tensor, up: Tensor, up_bias: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None,
     ids: Tensor | None, h: Tensor, dconv: Tensor, dv: Tensor,

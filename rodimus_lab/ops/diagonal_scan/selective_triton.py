@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rodimus_lab.ops.diagonal_scan.stretches import chain, split
-from rodimus_lab.ops.tracing import kernel_operator
+from rodimus_lab.ops.tracing import opaque_operator
 
 CHUNK = 16
 STATES = 512  # of a program
@@ -211,7 +211,7 @@ def _plan(u: Tensor, A: Tensor) -> _Plan:
     return _Plan((blocks, batch, stretches), BM, BN, numbers)
 
 
-@kernel_operator("selective_scan")
+@opaque_operator("selective_scan")
 def _forward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,7 +237,7 @@ def _(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, sta
     return u.new_empty(u.shape), state.new_empty(state.shape), kept
 
 
-@kernel_operator("selective_scan_backward")
+@opaque_operator("selective_scan_backward")
 def _backward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor | None, kept: Tensor, dy: Tensor,
     dlast: Tensor | None,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rodimus_lab.ops.diagonal_scan.stretches import chain, split
-from rodimus_lab.ops.tracing import kernel_operator
+from rodimus_lab.ops.tracing import opaque_operator
 
 BLOCK = 128
 
@@ -88,7 +88,7 @@ def _grid(x_BTX: Tensor) -> tuple[tuple[int, int, int], int]:
     return (blocks, batch, stretches), tokens
 
 
-@kernel_operator("diagonal_scan")
+@opaque_operator("diagonal_scan")
 def _forward(x: Tensor, log_a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     x, log_a = x.contiguous(), log_a.contiguous()
     (batch, length, channels), (grid, tokens) = x.shape, _grid(x)
@@ -108,7 +108,7 @@ def _(x: Tensor, log_a: Tensor, state: Tensor) -> Any:
     return x.new_empty(x.shape), state.new_empty(state.shape)
 
 
-@kernel_operator("diagonal_scan_backward")
+@opaque_operator("diagonal_scan_backward")
 def _backward(
     h: Tensor, log_a: Tensor, state: Tensor, dh: Tensor, dlast: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rodimus_lab.ops.segments import Segments
-from rodimus_lab.ops.tracing import kernel_operator
+from rodimus_lab.ops.tracing import opaque_operator
 from rodimus_lab.ops.triton_facts import dot_precision
 
 CHUNK = 64
@@ -449,7 +449,7 @@ def _plan_of(q: Tensor, v: Tensor, documents: Tensor | None) -> _Plan:
     return _Plan(B, T, H, K, v.shape[-1], v.dtype, documents, q.is_cuda)
 
 
-@kernel_operator("gated_linear")
+@opaque_operator("gated_linear")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor, documents: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -481,7 +481,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor, documents: T
     return v.new_empty(v.shape), state.new_empty(state.shape), sums, v.new_empty(*rows, CHUNK)
 
 
-@kernel_operator("gated_linear_backward")
+@opaque_operator("gated_linear_backward")
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, documents: Tensor | None, sums: Tensor, score: Tensor, scale: float,
     do: Tensor, dfinal: Tensor | None,

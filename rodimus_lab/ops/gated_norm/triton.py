@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rodimus_lab.ops.fast_math import sigmoid, times_sigmoid
-from rodimus_lab.ops.tracing import kernel_operator
+from rodimus_lab.ops.tracing import opaque_operator
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-@kernel_operator("gated_norm")
+@opaque_operator("gated_norm")
 def _forward(o: Tensor, x: Tensor, z: Tensor, feedthrough: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y, and 1 / root of each row's mean square."""
     y, M = o.new_empty(o.shape), o.shape[-1]
@@ -132,7 +132,7 @@ def _(o: Tensor, x: Tensor, z: Tensor, feedthrough: Tensor, weight: Tensor, eps:
     return o.new_empty(o.shape), o.new_empty(o.shape[:-1], dtype=torch.float32)
 
 
-@kernel_operator("gated_norm_backward")
+@opaque_operator("gated_norm_backward")
 def _backward(
     o: Tensor, x: Tensor, z: Tensor, feedthrough: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
