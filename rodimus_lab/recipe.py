@@ -15,6 +15,7 @@ from rodimus_lab.data.mqar import MqarConfig
 from rodimus_lab.data.needle import NeedleConfig
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModelConfig
+from rodimus_lab.scoring import Precision
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -109,7 +110,7 @@ class Recipe(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     budget: BudgetConfig
-    precision: Literal["fp32", "tf32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
     seed: Annotated[int, Field(ge=0)] = 0
     evaluators: tuple[str, ...] = ("perplexity",)
 
