@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from rodimus_lab.data import cache_root, data_root
-from rodimus_lab.ops.backend import OPERATORS, survey
+from rodimus_lab.ops.backend import OPERATORS, survey, usual
 from rodimus_lab.records import environment, runs_root, tables_root
 from rodimus_lab.weights import checkpoints_root
 
@@ -53,9 +53,8 @@ def examine() -> list[Fact]:
     ]
     for operator in OPERATORS:
         for kind in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-            chosen = True
+            chosen = usual(operator, kind)
             for name, reason in survey(operator, kind).items():
-                verdict = f"no: {reason}" if reason else ("chosen" if chosen else "can run")
-                chosen = chosen and reason is not None
+                verdict = f"no: {reason}" if reason else ("chosen" if name == chosen else "can run")
                 facts.append(Fact(f"{kind} backend", f"{operator}: {name}", verdict))
     return facts

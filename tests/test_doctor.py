@@ -77,7 +77,9 @@ def test_the_chosen_backend_is_the_one_that_runs(facts):
         "dtype": torch.float32,
         "cached": False,
         "packed": False,
-        "windowed": False,
+        "length": 128,
+        "window": None,
+        "sinks": False,
         "grad": True,
         "widths": (64, 64),
     }

@@ -23,7 +23,7 @@ from rodimus_lab.ops.backend import OPERATORS, use_backend, watch_backends
 from rodimus_lab.registry import load_plugins
 
 SEQUENCE = frozenset({"attention", "delta_rule", "diagonal_scan", "gated_linear", "selective_scan", "ssd"})
-PEERS = frozenset({"fla", "flash_attn", "mamba_ssm"})
+PEERS = frozenset({"fla", "flash_attn", "flex", "mamba_ssm"})
 FIRST = "transformer++"
 CHECKED_LENGTH = 128
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -51,18 +51,16 @@ class MixerSetting(NamedTuple):
 
 
 class Entrant(NamedTuple):
-    """A mixer, what `watch_backends` saw of it, and the choice that is forced upon it."""
+    """A mixer, and the backends that its operators along the sequence take."""
 
     model: str
     kind: str
     mixer: nn.Module
-    chosen: dict[str, str]
     forced: dict[str, str]
 
     @property
     def facts(self) -> Row:
-        ran = self.chosen | self.forced
-        backends = ", ".join(f"{operator}: {name}" for operator, name in sorted(ran.items()) if operator in SEQUENCE)
+        backends = ", ".join(f"{operator}: {name}" for operator, name in sorted(self.forced.items()))
         return {"mixer": self.kind, "model": self.model, "backends": backends}
 
 
@@ -84,16 +82,15 @@ def entrants(setting: MixerSetting, peers: bool) -> Iterator[Entrant]:
                 continue
             seen.add(_identity(sublayer, size))
             _awaken(mixer)
-            chosen = _watched(mixer, size.d_model, device)
-            operators = SEQUENCE.intersection(chosen)
-            if not operators:
+            chosen = _chosen(mixer, setting)
+            if not chosen:
                 continue
-            entrant = Entrant(name, sublayer.kind, mixer, chosen, {})
+            entrant = Entrant(name, sublayer.kind, mixer, chosen)
             yield entrant
-            for operator in sorted(operators) if peers and device.type == "cuda" else ():
+            for operator in sorted(chosen) if peers and device.type == "cuda" else ():
                 for backend in OPERATORS[operator]:
                     if backend.name in PEERS and backend.name != chosen[operator]:
-                        yield entrant._replace(forced={operator: backend.name})
+                        yield entrant._replace(forced=chosen | {operator: backend.name})
 
 
 def _identity(sublayer: TokenMixerConfig, size: Size) -> tuple[Any, ...]:
@@ -110,11 +107,11 @@ def _awaken(mixer: nn.Module) -> None:
             weight.normal_(std=0.02)
 
 
-def _watched(mixer: nn.Module, d_model: int, device: torch.device) -> dict[str, str]:
-    """Operator -> backend, from a training pass of a few tokens."""
-    with watch_backends() as chosen, _precision(device):
-        mixer(torch.randn(1, CHECKED_LENGTH, d_model, device=device, requires_grad=True))
-    return chosen
+def _chosen(mixer: nn.Module, setting: MixerSetting) -> dict[str, str]:
+    """Operator along the sequence -> backend that `auto` takes, from a training pass of one row."""
+    with watch_backends() as seen, _precision(setting.device):
+        mixer(torch.randn(1, setting.length, setting.size.d_model, device=setting.device, requires_grad=True))
+    return {operator: name for operator, name in seen.items() if operator in SEQUENCE}
 
 
 def _precision(device: torch.device) -> torch.autocast:

@@ -11,7 +11,7 @@ import gc
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -136,7 +136,7 @@ def our_stepper(entrant: Entrant, loader: RandomTokens, world: World, options: T
 
 
 def their_stepper(entrant: Entrant, world: World, options: TrainOptions) -> tuple[Stepper, bool]:
-    """The same step around a peer."""
+    """The same step around a peer, which with `options.capture` has to bear being captured."""
     recipe, device = entrant.recipe, world.device
     set_matmul_precision(device, recipe.precision)
     peer = build(entrant.name, entrant.size, device).train()
@@ -148,7 +148,8 @@ def their_stepper(entrant: Entrant, world: World, options: TrainOptions) -> tupl
     model = cast(LanguageModel, peer)  # As far as the step is concerned: parameters, a head and a loss.
     optimizer = build_optimizer(model, decay_groups(model), recipe.optimizer)
     rows = options.micro_batch_size or default_rows(entrant.batch_size, entrant.size.context, device)
-    stepper = Stepper(model, optimizer, recipe, world, min(rows, entrant.batch_size))
+    capture = device.type == "cuda" and options.capture is not False
+    stepper = Stepper(model, optimizer, recipe, world, min(rows, entrant.batch_size), capture=capture)
     if device.type == "cuda" and options.micro_batch_size is None:
         fit_rows(stepper)
     return stepper, compiled
@@ -211,7 +212,7 @@ def measure_steps(entrant: Entrant, world: World, options: TrainOptions, steps: 
 
 def compare(entrants: Sequence[Entrant], world: World, options: TrainOptions, steps: int) -> list[Row]:
     """A row an entrant, told on stderr as it comes; nothing of one model is left in memory when the next begins, and
-    one that breaks costs the others nothing."""
+    one that breaks costs the others nothing. A peer that breaks when captured is measured again as it is."""
     rows: list[Row] = []
     with until_interrupted():
         for entrant in entrants:
@@ -225,6 +226,7 @@ def compare(entrants: Sequence[Entrant], world: World, options: TrainOptions, st
 
 
 def _attempt(entrant: Entrant, world: World, options: TrainOptions, steps: int) -> Row:
+    again = False
     try:
         with use_backend(**dict(entrant.backends)):
             row = measure_steps(entrant, world, options, steps)
@@ -236,12 +238,13 @@ def _attempt(entrant: Entrant, world: World, options: TrainOptions, steps: int) 
         row = entrant.facts() | OUT_OF_MEMORY
     except Exception as error:
         row = entrant.facts() | {"note": failure(error)}
+        again = entrant.peer and world.device.type == "cuda" and options.capture is not False
     if row.get("compiled"):
         torch.compiler.reset()
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-    return row
+    return _attempt(entrant, world, replace(options, capture=False), steps) if again else row
 
 
 def _in_short(row: Row) -> str:
@@ -295,7 +298,9 @@ def train(
     ] = None,
     compile: Annotated[bool | None, typer.Option(help="Compile what can be. Default: on CUDA only.")] = None,
     recompute: Annotated[bool, typer.Option(help="Keep less of our models for the backward pass.")] = False,
-    capture: Annotated[bool, typer.Option(help="Our micro-batches as CUDA graphs, on CUDA.")] = True,
+    capture: Annotated[
+        bool, typer.Option(help="Micro-batches as CUDA graphs, on CUDA; of peers where they can be.")
+    ] = True,
     steps: Annotated[int | None, typer.Option(min=1, help="Timed steps. Default: 20 on CUDA, 3 on a CPU.")] = None,
     device: Device = None,
     as_json: AsJson = False,

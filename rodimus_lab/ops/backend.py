@@ -1,7 +1,7 @@
 """Choosing among the implementations of an operator.
 
-Each operator lists its backends best first. `auto` takes the first that can run the call; a backend asked for by name
-that cannot run raises `UserError` with the reason.
+Each operator lists its backends best first. `auto` takes the first that can run the call and is worth it there; a
+backend asked for by name that cannot run raises `UserError` with the reason.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ _watchers: list[dict[str, str]] = []
 
 
 class Backend(NamedTuple):
-    """`why_not(**facts)` says in a few words why the call described by `facts` cannot run here, or None if it can."""
+    """`why_not(**facts)` says in a few words why the call described by `facts` cannot run here, or None if it can;
+    `pays(**facts)` whether it is then faster than the backends after it."""
 
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None] = lambda **facts: None
+    pays: Callable[..., bool] = lambda **facts: True
 
 
 def declare(operator: str, *backends: Backend, example: dict[str, Any]) -> None:
@@ -37,6 +39,11 @@ def survey(operator: str, device: str) -> dict[str, str | None]:
     """Backend name -> why it cannot run a typical training call on a device type, None where it can; best first."""
     facts = EXAMPLES[operator] | {"device": device}
     return {backend.name: backend.why_not(**facts) for backend in OPERATORS[operator]}
+
+
+def usual(operator: str, device: str) -> str:
+    """The name of the backend that `auto` takes for a typical training call on a device type."""
+    return _chosen(operator, "auto", EXAMPLES[operator] | {"device": device}).name
 
 
 def choose(operator: str, requested: str, facts: Mapping[str, Any]) -> Backend:
@@ -52,7 +59,7 @@ def _chosen(operator: str, requested: str, facts: Mapping[str, Any]) -> Backend:
         requested = _forced.get(operator, "auto")
     backends = OPERATORS[operator]
     if requested == "auto":
-        return next(backend for backend in backends if backend.why_not(**facts) is None)
+        return next(b for b in backends if b.why_not(**facts) is None and b.pays(**facts))
     for backend in backends:
         if backend.name == requested:
             reason = backend.why_not(**facts)

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from rodimus_lab.bench import app, operator_peers, peers
+from rodimus_lab.bench import app, operator_peers, peers, training
 from rodimus_lab.bench.operators import CASES, Scene
 from rodimus_lab.bench.peers import DECODE_PEERS, PEERS, Peer, parameters, wrong_loss
 from rodimus_lab.bench.race import run_alone
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.zoo import SIZES, Size, model_config
+from rodimus_lab.train import TrainOptions
+from rodimus_lab.train.distributed import World
 
 CPU = torch.device("cpu")
 TINY = Size("smoke", 1, 64, 1, 97, 16)
@@ -150,8 +152,6 @@ def test_train_by_another_backend_and_precision() -> None:
 
 
 def test_a_model_that_does_not_fit_or_breaks_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rodimus_lab.bench import training
-
     real = training.measure_steps
 
     def measure(entrant: Any, *rest: Any) -> Any:
@@ -166,6 +166,22 @@ def test_a_model_that_does_not_fit_or_breaks_costs_the_others_nothing(monkeypatc
     assert rows[0]["tokens_per_second"] > 0
     assert (rows[1]["note"], rows[1]["out_of_memory"]) == ("out of memory", True)
     assert rows[2]["note"] == "failed: RuntimeError: broken"
+
+
+def test_a_peer_that_cannot_be_captured_is_measured_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(entrant: training.Entrant, world: World, options: TrainOptions, steps: int) -> dict[str, Any]:
+        if options.capture:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return {"model": entrant.name, "tokens_per_second": 1.0, "mfu": None, "peak_bytes": 0}
+
+    monkeypatch.setattr(training, "measure_steps", measured)
+    world = World(rank=0, size=1, device=torch.device("cuda"))
+    entrants = [
+        training.Entrant(name, TINY, 1, "fp32", peer=peer) for name, peer in (("fla-rodimus", True), ("rodimus", False))
+    ]
+    peer, ours = training.compare(entrants, world, TrainOptions(capture=True), 1)
+    assert peer["tokens_per_second"] == 1.0
+    assert "not permitted" in ours["note"]
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 1.0, 12.0])

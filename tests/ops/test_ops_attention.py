@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from rodimus_lab.errors import UserError
 from rodimus_lab.ops import Segments, attention
 from rodimus_lab.ops.attention import KVCache
+from rodimus_lab.ops.backend import EXAMPLES, choose
 
 SHARINGS = {"mha": (4, 4, 4), "gqa": (4, 2, 2), "mqa": (4, 1, 1), "ska": (4, 1, 4), "odd": (8, 2, 4)}
 K, V = 6, 5
@@ -258,3 +260,24 @@ def test_a_cache_in_half_precision_is_read_in_the_queries_dtype() -> None:
 def test_a_backend_that_cannot_run_says_why(backend: str, reason: str) -> None:
     with pytest.raises(UserError, match=f"'{backend}' backend of attention cannot run here: .*{reason}"):
         attention(*draw(4), backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("change", "chosen"),
+    [
+        ({}, "flex"),
+        ({"window": 2048}, "sdpa"),
+        ({"window": None}, "sdpa"),
+        ({"length": 4100}, "sdpa"),
+        ({"grad": False}, "sdpa"),
+        ({"packed": True}, "sdpa"),
+        ({"dtype": torch.float32}, "sdpa"),
+        ({"widths": (64, 80)}, "sdpa"),
+        ({"device": "cpu"}, "sdpa"),
+    ],
+)
+def test_flex_is_taken_where_most_of_a_long_training_sequence_is_out_of_reach(
+    change: dict[str, Any], chosen: str
+) -> None:
+    facts = EXAMPLES["attention"] | {"device": "cuda", "length": 4096, "window": 1024} | change
+    assert choose("attention", "auto", facts).name == chosen

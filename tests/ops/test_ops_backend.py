@@ -17,9 +17,10 @@ def even_only(size: int, device: str) -> str | None:
 
 @pytest.fixture(autouse=True)
 def _halve() -> Iterator[None]:
+    table = Backend("table", [0, 0, 1, 1].__getitem__, pays=lambda size, **_: size < 4)
     fast = Backend("fast", lambda size: size >> 1, even_only)
     slow = Backend("slow", lambda size: size // 2)
-    declare("halve", fast, slow, example={"size": 8})
+    declare("halve", table, fast, slow, example={"size": 8})
     yield
     del OPERATORS["halve"], EXAMPLES["halve"]
 
@@ -28,9 +29,11 @@ def chosen(requested: str = "auto", size: int = 8) -> str:
     return choose("halve", requested, {"size": size, "device": "cpu"}).name
 
 
-def test_auto_takes_the_first_that_can_run() -> None:
+def test_auto_takes_the_first_that_can_run_and_pays() -> None:
+    assert chosen(size=2) == "table"
     assert chosen(size=8) == "fast"
     assert chosen(size=7) == "slow"
+    assert chosen("table", size=8) == "table"
 
 
 def test_a_named_backend_runs_or_says_why_not() -> None:
@@ -38,7 +41,7 @@ def test_a_named_backend_runs_or_says_why_not() -> None:
     assert chosen("slow") == "slow"
     with pytest.raises(UserError, match=r"'fast' backend of halve cannot run here: it takes even sizes"):
         chosen("fast", size=7)
-    with pytest.raises(UserError, match=r"halve has no backend 'slew'; did you mean 'slow'\? known: fast, slow"):
+    with pytest.raises(UserError, match=r"halve has no backend 'slew'; did you mean 'slow'\? known: fast, slow, table"):
         chosen("slew")
 
 
@@ -65,8 +68,8 @@ def test_use_backend_refuses_unknown_names(choices: dict[str, str]) -> None:
 
 
 def test_a_survey_says_of_each_backend_whether_it_can_run() -> None:
-    assert survey("halve", "cpu") == {"fast": None, "slow": None}
-    assert survey("halve", "cuda") == {"fast": "it takes even sizes on a CPU", "slow": None}
+    assert survey("halve", "cpu") == {"table": None, "fast": None, "slow": None}
+    assert survey("halve", "cuda") == {"table": None, "fast": "it takes even sizes on a CPU", "slow": None}
 
 
 def test_every_operator_has_a_backend_everywhere() -> None:

@@ -75,7 +75,8 @@ def attention(
         "dtype": q_BTHK.dtype,
         "cached": cache is not None,
         "packed": segments is not None,
-        "windowed": window is not None and window < length,
+        "length": length,
+        "window": window,
         "sinks": sinks > 0,
         "grad": torch.is_grad_enabled(),
         "widths": (q_BTHK.shape[-1], v_BTJV.shape[-1]),
@@ -169,11 +170,29 @@ def _flex_why_not(device: str, cached: bool, packed: bool, sinks: bool, **_: Any
     return None if plain else "caches, sinks, padding and packed documents go through sdpa"
 
 
+def _flex_pays(
+    dtype: torch.dtype, grad: bool, length: int, window: int | None, widths: tuple[int, int], **_: Any
+) -> bool:
+    """In training, where most blocks are skipped: it is slower than SDPA where half are (docs/benchmarks.md), and
+    compiled anew for every length, of which training has few."""
+    usual = dtype in (torch.float16, torch.bfloat16) and all(width in (64, 128) for width in widths)
+    return usual and grad and length % 128 == 0 and window is not None and 4 * window <= length
+
+
 declare(
     "attention",
+    Backend("flex", flex, _flex_why_not, _flex_pays),
     Backend("sdpa", sdpa),
-    Backend("flex", flex, _flex_why_not),
     Backend("flash_attn", flash, _flash_why_not),
     Backend("naive", naive),
-    example={"cached": False, "packed": False, "sinks": False, "dtype": torch.bfloat16, "widths": (64, 64)},
+    example={
+        "dtype": torch.bfloat16,
+        "cached": False,
+        "packed": False,
+        "length": 2048,
+        "window": None,
+        "sinks": False,
+        "grad": True,
+        "widths": (64, 64),
+    },
 )
