@@ -10,7 +10,7 @@ from rodimus_lab.nn.attention import AttentionConfig
 from rodimus_lab.nn.block import BlockConfig
 from rodimus_lab.nn.heads import HeadSharing
 from rodimus_lab.nn.model import InitConfig, LanguageModelConfig
-from rodimus_lab.nn.zoo import MODELS, Size
+from rodimus_lab.nn.zoo import MODELS, Size, interleaved
 
 
 @MODELS.register("griffin")
@@ -19,13 +19,11 @@ def griffin(size: Size) -> LanguageModelConfig:
     the least model has one block of each."""
     attention = AttentionConfig(heads=HeadSharing.of("mqa", size.num_heads), window=size.context // 2)
     recurrent, local = (BlockConfig(hops=((mixer,), (GatedGELUConfig(),))) for mixer in (hawk_mixer(size), attention))
-    group = (recurrent, recurrent, local)
-    groups, left_over = divmod(max(2, size.num_layers), len(group))
-    pattern = group if left_over == 0 else (group * (groups + 1))[len(group) - left_over :]
+    pattern, repeats = interleaved((recurrent, recurrent, local), size.num_layers)
     return LanguageModelConfig(
         vocab_size=size.vocab_size,
         d_model=size.d_model,
         pattern=pattern,
-        repeats=groups if left_over == 0 else 1,
+        repeats=repeats,
         init=InitConfig(rescale_residual=True),
     )

@@ -126,6 +126,17 @@ def slug(name: str) -> str:
     return file_spelling(MODELS.canonical(name))
 
 
+def interleaved(group: tuple[BlockConfig, ...], num_layers: int) -> tuple[tuple[BlockConfig, ...], int]:
+    """The pattern and repeats of a hybrid whose blocks, one a layer, follow one another as in `group`.
+
+    Where layers are left over the first group is short of its first blocks; the least model has two blocks.
+    """
+    groups, left_over = divmod(max(2, num_layers), len(group))
+    if left_over == 0:
+        return group, groups
+    return (group * (groups + 1))[len(group) - left_over :], 1
+
+
 def align8(width: float) -> int:
     """The integer part, rounded up to a multiple of 8."""
     return -(-int(width) // 8) * 8

@@ -29,7 +29,7 @@ FAMILIES = {
     "#0072B2": ("rodimus", "rodimus+"),
     "#D55E00": ("transformer", "transformer++", "transformer++-swa", "llama3", "streaming_llm"),
     "#009E73": ("linear_attention", "gla", "gla-table1", "retnet", "gretnet", "hgrn2", "gated_deltanet", "kda"),
-    "#000000": ("s4d", "mamba", "mamba2", "mamba3"),
+    "#000000": ("s4d", "mamba", "mamba2", "mamba3", "samba"),
     "#CC79A7": ("rwkv4", "rwkv6", "rwkv7"),
     "#E69F00": ("hgrn", "hawk", "griffin"),
 }
