@@ -218,9 +218,9 @@ def ablate(
     ] = None,
     order: Annotated[Values, _about("rodimus-first, attention-first (Table 18).")] = None,
     gate_temperature: Annotated[Values, _about("learned, fixed: tau from the text, or 0.5.")] = None,
-    key_norm: Annotated[Values, _about("on, off: keys of unit length.")] = None,
-    feedthrough: Annotated[Values, _about("on, off: d * x'.")] = None,
-    short_conv: Annotated[Values, _about("on, off: the short convolution.")] = None,
+    key_norm: Annotated[bool, _about("With keys of unit length and without.")] = False,
+    feedthrough: Annotated[bool, _about("With d * x' and without.")] = False,
+    short_conv: Annotated[bool, _about("With the short convolution and without.")] = False,
     window: Annotated[Values, _about("32, 64 up to 512 keys of Rodimus+'s attention.")] = None,
     layers: Annotated[Values, _about("Of these runs, only those of so many layers.")] = None,
     budget: BudgetName | None = None,
@@ -234,6 +234,7 @@ def ablate(
     Values of an option may be joined by commas, and options given together add up. The full models on WikiText-103 are
     Table 1's own runs.
     """
+    both = ["on", "off"]
     asked = {
         "gate": gate,
         "rank": rank,
@@ -242,9 +243,9 @@ def ablate(
         "hops": hops,
         "order": order,
         "gate_temperature": gate_temperature,
-        "key_norm": key_norm,
-        "feedthrough": feedthrough,
-        "short_conv": short_conv,
+        "key_norm": both if key_norm else None,
+        "feedthrough": both if feedthrough else None,
+        "short_conv": both if short_conv else None,
         "window": window,
     }
     found = [variant for number in listed("table", table, tables()) for variant in tables()[int(number)].values()]

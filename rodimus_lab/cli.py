@@ -249,8 +249,10 @@ def _with_run_options(command: Callable[..., None], own: Sequence[inspect.Parame
 
 
 def _option(name: str, annotation: Any, default: Any, **facts: Any) -> inspect.Parameter:
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, keyword, default=default, annotation=Annotated[annotation, typer.Option(**facts)])
+    # Without a --no- twin, which would say of an ablation that its subject is left out.
+    names = ["--" + name.replace("_", "-")] if annotation is bool and default is False else []
+    annotation = Annotated[annotation, typer.Option(*names, **facts)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def run_all(recipes: Sequence[Recipe], options: dict[str, Any]) -> str | None:

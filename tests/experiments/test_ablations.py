@@ -263,6 +263,12 @@ def test_an_options_values_are_told_by_commas_or_one_by_one_and_seeds_are_combin
     assert len(set(ids("--gate", "g,tau", "--seed", 0, "--seed", 1))) == 6
 
 
+@pytest.mark.parametrize("switch", ["key_norm", "feedthrough", "short_conv"])
+def test_a_switch_is_run_on_and_off(cli, switch) -> None:
+    plan = json.loads(cli("ablate", f"--{switch.replace('_', '-')}", "--budget", "smoke", "--dry-run", "--json").out)
+    assert [run["id"].rpartition("-")[0] for run in plan] == ["rodimus", f"rodimus-no-{switch}"]
+
+
 def test_times_are_scaled_from_what_was_measured(cli, places, monkeypatch) -> None:
     monkeypatch.setenv("RODIMUS_LAB_RESULTS", str(RESULTS / "runs"))
     options = ("--corpus", "enwiki-25k", "--budget", "short", "--steps", 1000, "--dry-run", "--json")
