@@ -56,8 +56,8 @@ ablate: setup ## train the runs of TABLE (12 to 18) and rebuild the tables [TABL
 memory-ppl: setup ## train the points of Figure 1a, or with ARTEFACT=table7 those of Table 7 [ARTEFACT BUDGET CORPUS STEPS SEED]
 	$(LAB) memory-ppl $(if $(ARTEFACT),--artefact $(ARTEFACT)) $(RUN_FLAGS)
 
-gates: setup ## draw the gates of a trained RUN over TEXT (Figure 8) [RUN TEXT BESIDE]
-	$(LAB) gates $(RUN) --text "$(TEXT)" $(if $(BESIDE),--beside $(BESIDE))
+gates: setup ## draw the gates of a trained RUN over TEXT, and with RECORD=1 keep them for Figure 8 [RUN TEXT BESIDE RECORD]
+	$(LAB) gates $(RUN) --text "$(TEXT)" $(if $(BESIDE),--beside $(BESIDE)) $(if $(RECORD),--record)
 
 mqar: setup ## train on associative recall, all of FIGURE (6 or 1b) or a part, and rebuild its tables [FIGURE MODEL LENGTH WIDTH LR BUDGET SEED]
 	$(LAB) mqar $(MQAR_FLAGS)

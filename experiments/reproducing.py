@@ -30,7 +30,7 @@ FIGURE_1A = (
     ("transformer++", 6),  # StreamingLLM, whose weights are Transformer++'s
 )
 OF_A_RUN = {f"figure{number}": "rodimus-lab needlebench RUN" for number in (5, *range(9, 15))}
-OF_A_RUN["figure8"] = "rodimus-lab gates RUN"
+OF_A_RUN["figure8"] = "rodimus-lab gates RUN --beside RUN-WITHOUT-TAU --text TEXT --record"
 NEEDS = {
     "figure1b": "Small models: the host sets the pace, so FLOPs give no hours.",
     "figure6": "Small models: the host sets the pace, so FLOPs give no hours.",
@@ -49,7 +49,7 @@ NEEDS = {
     "table20": "Minutes of measuring; FLOPs and memory are computed.",
     "table4": "Computed from the code.",
     "figure7": "Computed from the formulas.",
-    "figure8": "One trained Rodimus+ (Table 1's will do) and a sentence.",
+    "figure8": "Two runs of Table 15, with tau and without it, and a sentence; the first alone will do.",
     "table21": "Scores published weights; two benchmarks need OpenCompass.",
     "table22": "Scores published weights; four benchmarks need OpenCompass, and nobody packages four.",
 }
@@ -170,7 +170,7 @@ def trainings() -> dict[str, Training]:
             else _one("rodimus+", "350m", SCALING["350m"] * BATCH)
             for row in paper.table(18)
         ),
-        "figure8": _one("rodimus+", "wikitext103", WIKITEXT),
+        "figure8": _all(_one("rodimus", "wikitext103", WIKITEXT) for _ in ("with tau", "without tau")),
     }
 
 

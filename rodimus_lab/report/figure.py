@@ -171,17 +171,18 @@ class Figure:
             axes.secondary_xaxis("top", functions=(lambda x: x * worth, lambda x: x / worth)).set_xlabel(label)
         ours = {line.name for line in self.lines if not line.quoted}
         _name_lines(axes, [line for line in self.lines if not line.quoted or line.name not in ours])
-        if self.note:
-            canvas.supxlabel(fill(self.note, 110), fontsize="small", x=0.02, ha="left")
+        _write_note(canvas, self.note)
 
 
 @dataclass(frozen=True)
 class Panels:
-    """Figures or heat maps, so many in a row; their numbers have the same columns but for the names of the axes."""
+    """Figures or heat maps, so many in a row; their numbers have the same columns but for the names of the axes. `note`
+    is what has to be known beside all of them."""
 
     title: str
     parts: Sequence[Figure | HeatMap]
     columns: int = 2
+    note: str = ""
 
     @property
     def size(self) -> tuple[float, float]:
@@ -202,6 +203,7 @@ class Panels:
         pieces = canvas.subfigures(-(-len(self.parts) // across), across, squeeze=False)
         for part, piece in zip(self.parts, pieces.flat, strict=False):
             part.paint(piece)
+        _write_note(canvas, self.note)
 
 
 Drawing: TypeAlias = Figure | HeatMap | Panels
@@ -255,6 +257,12 @@ def draw(figure: Drawing, salt: str) -> dict[str, bytes]:
             canvas.savefig(file, format=suffix, metadata=metadata)
             files[suffix] = file.getvalue()
     return files
+
+
+def _write_note(canvas: Any, note: str) -> None:
+    """At the foot of a figure, or of a part of one."""
+    if note:
+        canvas.supxlabel(fill(note, 110), fontsize="small", x=0.02, ha="left")
 
 
 def _mark(ticks: Any, axis: Axis, xs: Sequence[float]) -> None:

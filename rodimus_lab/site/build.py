@@ -73,7 +73,7 @@ def _build(folder: Path) -> None:
     tables = {name: TableView.of(name, table, places) for name, table in made.items()}
     for name, table in made.items():
         write(table, folder / "tables", name)
-    figures = _draw(folder / "figures", records, paper)
+    figures = _draw(folder / "figures", records, paper, places)
 
     artefacts = _artefacts(tables, figures)
     runs = _runs(records)
@@ -105,7 +105,9 @@ def _names(view: ArtefactView) -> list[str]:
     return [table.name for table in view.tables] + [figure.name for figure in view.figures]
 
 
-def _draw(folder: Path, records: Sequence[Record], paper: PaperResults) -> dict[str, FigureView]:
+def _draw(
+    folder: Path, records: Sequence[Record], paper: PaperResults, places: Mapping[str, str]
+) -> dict[str, FigureView]:
     """Every registered figure; one that makes several gives them by what follows its name."""
     if find_spec("matplotlib") is None:
         return {}
@@ -115,10 +117,10 @@ def _draw(folder: Path, records: Sequence[Record], paper: PaperResults) -> dict[
         drawings |= (
             {f"{name}-{end}": one for end, one in drawn.items()} if isinstance(drawn, Mapping) else {name: drawn}
         )
-    return {name: _figure(folder, name, drawing) for name, drawing in drawings.items()}
+    return {name: _figure(folder, name, drawing, places) for name, drawing in drawings.items()}
 
 
-def _figure(folder: Path, name: str, drawing: Any) -> FigureView:
+def _figure(folder: Path, name: str, drawing: Any, places: Mapping[str, str]) -> FigureView:
     """The files of `make figures` where they have the same numbers, for drawing takes its time; else drawn anew."""
     numbers = figure_csv(drawing)
     there = sorted(figures_root().glob(f"{name}.*"))
@@ -129,7 +131,7 @@ def _figure(folder: Path, name: str, drawing: Any) -> FigureView:
             shutil.copyfile(path, folder / path.name)
     else:
         write_figure(drawing, folder, name)
-    return FigureView.of(name, drawing, [folder / f"{name}{suffix}" for suffix in FILES], numbers)
+    return FigureView.of(name, drawing, [folder / f"{name}{suffix}" for suffix in FILES], numbers, places)
 
 
 def _runs(records: Sequence[Record]) -> list[RunView]:

@@ -19,7 +19,7 @@ from rodimus_lab.errors import UserError
 from rodimus_lab.experiment import EXPERIMENTS, REPORTS
 from rodimus_lab.nn import zoo
 from rodimus_lab.nn.zoo import MODELS, SIZES, model_config, slug
-from rodimus_lab.records import SAMPLES, Record, RunDir
+from rodimus_lab.records import NAME, SAMPLES, Record, RunDir
 from rodimus_lab.report import Cell, Table, overlaps
 from rodimus_lab.report.artefacts import Artefact
 from rodimus_lab.site.charts import Chart, Diagram, charts_of, diagrams_of
@@ -107,7 +107,7 @@ def _ids(cell: Cell) -> list[str]:
 
 @dataclass(frozen=True)
 class FigureView:
-    """A drawn figure, its files by suffix and its numbers."""
+    """A drawn figure, its files by suffix, its numbers and the runs that they or its note name."""
 
     name: str
     title: str
@@ -116,13 +116,17 @@ class FigureView:
     numbers: Sequence[Sequence[str]]
     left_out: int
     suffixes: Sequence[str]
+    run_ids: frozenset[str]
 
     @classmethod
-    def of(cls, name: str, drawing: Any, paths: Iterable[Path], numbers: str) -> FigureView:
+    def of(cls, name: str, drawing: Any, paths: Iterable[Path], numbers: str, places: Mapping[str, str]) -> FigureView:
+        """`places` are the addresses of runs by their id."""
         header, *rows = list(csv.reader(io.StringIO(numbers)))
         suffixes = [path.suffix.removeprefix(".") for path in paths]
         note = str(getattr(drawing, "note", ""))
-        return cls(name, drawing.title, note, header, rows[:NUMBERS], max(0, len(rows) - NUMBERS), suffixes)
+        named = places.keys() & set(NAME.findall(f"{note} {numbers}"))
+        left_out = max(0, len(rows) - NUMBERS)
+        return cls(name, drawing.title, note, header, rows[:NUMBERS], left_out, suffixes, frozenset(named))
 
     @property
     def alternative(self) -> str:
@@ -152,16 +156,17 @@ class ArtefactView:
             return {"settings": "settings", "drawing": "a drawing"}[self.sort]
         measured = sum(table.measured for table in self.tables)
         absent = sum(table.absent for table in self.tables)
-        points = any("run" in " ".join(row) for figure in self.figures for row in figure.numbers)
+        points = any("not run" in row for figure in self.figures for row in figure.numbers)
         if not self.tables and not self.figures:
             return "not run"
         if not measured:
-            return "not run" if absent or points else "computed"
+            drawn = "measured" if any(figure.run_ids for figure in self.figures) else "computed"
+            return "not run" if absent or points else drawn
         return f"{measured:,} numbers measured" + (f", {absent:,} not run" if absent else "")
 
     @property
     def run_ids(self) -> frozenset[str]:
-        return frozenset(run for table in self.tables for run in table.run_ids)
+        return frozenset().union(*(table.run_ids for table in self.tables), *(one.run_ids for one in self.figures))
 
 
 def plain(artefact: Artefact, tables: Sequence[TableView], figures: Sequence[FigureView]) -> ArtefactView:

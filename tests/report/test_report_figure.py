@@ -35,7 +35,7 @@ def test_the_same_figure_is_the_same_files(tmp_path: Path) -> None:
 )
 def test_panels_hold_what_their_parts_do(part: Figure | HeatMap, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    both = Panels("Both", [part, part, part])
+    both = Panels("Both", [part, part, part], note="what they are of")
     assert figure_csv(both).count("\n") == 3 * (len(part.rows()) - 1) + 1
     again = [path.read_bytes() for path in write_figure(both, tmp_path / "again", "both")]
     assert again == [path.read_bytes() for path in write_figure(both, tmp_path, "both")]

@@ -1,4 +1,5 @@
-"""One site for all tests of it: of the committed runs of Table 1, and of a run whose record is hostile."""
+"""One site for all tests of it: of the committed runs of Table 1, of a run whose record is hostile, and of scores and
+gates of the first of them."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from rodimus_lab.site import build_site
 HOSTILE = '</td><script>window.broken=1</script><img src=x onerror="window.broken=1">'
 HOSTILE_RUN = "rodimus-0badc0de"
 SCORED_RUN = "rodimus-0badf00d"
+GATES_RUN = "rodimus-0badcafe"
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +47,15 @@ def make(root: Path) -> None:
     (scored / "record.json").write_text(json.dumps(record))
     model = {"source": "run", "name": "wikitext103/rodimus-b6357da5"}
     (scored / "recipe.json").write_text(json.dumps({"model": model, "data": {"source": "local files"}}))
+    gates = root / "runs" / "gates" / GATES_RUN
+    shutil.copytree(WIKITEXT103 / "rodimus-b6357da5", gates)
+    record = json.loads((gates / "record.json").read_text())
+    (gates / "record.json").write_text(json.dumps(record | {"experiment": "gates", "id": GATES_RUN}))
+    of = model | {"corpus": record["corpus"], "budget": record["budget"]}
+    where = {"layer": 6, "layers": 12, "tokenizer": {"name": "gpt2"}, "device": "cpu"}
+    (gates / "recipe.json").write_text(json.dumps({"model": of, "beside": None} | where))
+    lines = [{"token": token, "g": [0.5, 0.1], "tau": [0.5, 0.2]} for token in ("They", " run", "<b>")]
+    (gates / "gates.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RODIMUS_LAB_RESULTS", str(root / "runs"))
         build_site(root / "site")

@@ -142,6 +142,19 @@ def test_artefacts_say_what_was_not_run(site: Path, pages: dict[Path, Page]) -> 
     assert "standing in for wikitext-103" in text
 
 
+def test_a_figure_of_runs_leads_to_them_and_they_to_it(site: Path, pages: dict[Path, Page]) -> None:
+    """Figure 8 is drawn of a record of gates, and its note names the run whose gates they are."""
+    pytest.importorskip("matplotlib")
+    index = " ".join(pages[site / "index.html"].text.split())
+    assert "Figure 8 The gates of a trained layer over a sentence measured" in index
+    assert "Figure 7 The gates against g and the temperature computed" in index
+    text = " ".join(pages[site / "artefacts" / "figure8.html"].text.split())
+    assert "wikitext103/rodimus-b6357da5 (enwiki-25k standing in for wikitext-103, short budget" in text
+    assert "g and exp(-g): the same run read without its temperature" in text
+    for run in ("gates/rodimus-0badcafe", "wikitext103/rodimus-b6357da5"):
+        assert "Figure 8" in " ".join(pages[site / "runs" / f"{run}.html"].text.split())
+
+
 def test_models_show_hops_costs_and_table_4(site: Path, pages: dict[Path, Page]) -> None:
     text = " ".join(pages[site / "models" / "rodimus_plus.html"].text.split())
     assert "hop 2: norm and windowed attention, then norm and swiglu feed-forward, added to the residual stream" in text
