@@ -78,7 +78,7 @@ site: setup ## the same, and the pages in results/site that show everything
 	$(LAB) report
 
 figures: setup ## redraw every figure as SVG, PDF and PNG, its numbers beside it
-	$(BIN)/python -c 'from rodimus_lab.report import write_figures; write_figures()'
+	$(LAB) figures
 
 zoo: setup ## rewrite docs/zoo.md: Table 4 and the rest of the zoo, from the code
 	$(BIN)/python -c 'from experiments.zoo import write_page; write_page()'

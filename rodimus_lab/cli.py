@@ -31,7 +31,7 @@ from rodimus_lab.plan import show_plan
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import load_records
 from rodimus_lab.registry import load_plugins
-from rodimus_lab.report_commands import report, write_report
+from rodimus_lab.report_commands import figures, report, write_report
 from rodimus_lab.runs_commands import app as runs_app
 from rodimus_lab.terminal import console
 
@@ -280,6 +280,7 @@ app.command("train", rich_help_panel="Experiments")(_with_run_options(_train, [_
 
 
 app.command(rich_help_panel="Results")(report)
+app.command(rich_help_panel="Results")(figures)
 app.add_typer(runs_app, name="runs", rich_help_panel="Results")
 
 

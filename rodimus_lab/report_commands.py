@@ -1,7 +1,8 @@
-"""`rodimus-lab report`: tables from the run records and, for all of them, the pages that show them."""
+"""`rodimus-lab report` and `figures`: tables and figures from the run records, and the pages that show them."""
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from rodimus_lab.experiment import REPORTS
 from rodimus_lab.records import PROJECT_ROOT, load_records, tables_root
-from rodimus_lab.report import PaperResults, quoted_tables, to_markdown, write
+from rodimus_lab.report import PaperResults, quoted_tables, to_markdown, write, write_figures
 from rodimus_lab.site import build_site, site_root
 from rodimus_lab.terminal import console, shown
 
@@ -30,6 +31,14 @@ def report(
         _say(write(table, tables_root(), name))
     if site and not console.quiet:
         console.print(f"open: {shown(build_site(site_root()), PROJECT_ROOT)}")
+
+
+def figures(
+    names: Annotated[list[str] | None, typer.Argument(help="Such as figure06-128. Default: all.")] = None,
+) -> None:
+    """Draw figures from the run records, as SVG, PDF and PNG with their numbers beside them."""
+    for _, paths in groupby(write_figures(names=names or None), lambda path: path.stem):
+        _say(list(paths))
 
 
 def write_report(name: str, *, show: bool) -> None:

@@ -134,6 +134,18 @@ def test_reports_are_written_beside_the_runs(cli, smoke_run):
     assert before == {path: path.read_bytes() for path in (PROJECT_ROOT / "results" / "tables").iterdir()}
 
 
+def test_figures_are_drawn_beside_the_runs(cli, places):
+    result = cli("figures", "figure07")
+    assert (result.code, result.err) == (0, "")
+    drawn = [places / "figures" / f"figure07.{suffix}" for suffix in ("svg", "pdf", "png", "csv")]
+    assert result.out == f"written: {', '.join(map(str, drawn))}\n"
+    assert all(path.stat().st_size for path in drawn)
+    unknown = cli("figures", "figure7")
+    assert (unknown.code, unknown.err.partition(" known: ")[0]) == (
+        2, "error: there is no figure named 'figure7'; did you mean 'figure07'?",
+    )  # fmt: skip
+
+
 def test_report_takes_all_by_default(cli, places):
     assert cli("report", "--no-site").code == 0
     assert {path.stem for path in (places / "tables").iterdir()} == {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 from zlib import crc32
 
 from rodimus_lab.errors import UserError
-from rodimus_lab.records import PROJECT_ROOT, Record, load_records, write_atomic
+from rodimus_lab.records import Record, figures_root, load_records, write_atomic
 from rodimus_lab.registry import Registry, load_plugins
 from rodimus_lab.report.heat_map import HeatMap
 from rodimus_lab.report.paper import PaperResults
@@ -211,12 +211,14 @@ MakeFigure: TypeAlias = Callable[[Sequence[Record], PaperResults], Drawing | Map
 FIGURES: Registry[MakeFigure] = Registry("figure")
 
 
-def write_figures(out_dir: Path | str = PROJECT_ROOT / "results" / "figures") -> list[Path]:
-    """Draw every registered figure from all records; returns the files' paths."""
+def write_figures(out_dir: Path | str | None = None, names: Iterable[str] | None = None) -> list[Path]:
+    """Draw registered figures, by default all, from all records, by default beside them; returns the files' paths."""
     load_plugins()
     records, paper = load_records(), PaperResults()
-    drawings = {file: one for name in FIGURES for file, one in by_name(name, FIGURES[name](records, paper)).items()}
-    return [path for file, drawing in drawings.items() for path in write_figure(drawing, out_dir, file)]
+    asked = FIGURES if names is None else [FIGURES.canonical(name) for name in names]
+    drawings = {file: one for name in asked for file, one in by_name(name, FIGURES[name](records, paper)).items()}
+    folder = figures_root() if out_dir is None else out_dir
+    return [path for file, drawing in drawings.items() for path in write_figure(drawing, folder, file)]
 
 
 def by_name(name: str, made: Drawing | Mapping[str, Drawing]) -> dict[str, Drawing]:
