@@ -19,7 +19,7 @@ from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.zoo import MODELS, Size, model_config, slug
 from rodimus_lab.recipe import BudgetConfig, OptimizerConfig, Recipe, ScheduleConfig
 from rodimus_lab.records import Record, load_records
-from rodimus_lab.report import FIGURES, NOT_RUN, Axis, Cell, Column, Figure, Line, PaperResults, Table
+from rodimus_lab.report import FIGURES, NOT_RUN, Axis, Cell, Column, Figure, Line, PaperResults, Table, tell_points
 from rodimus_lab.report.recall import EXPANSION_FIELDS, METRIC, Best, best_points, spread_over_seeds, too_close
 from rodimus_lab.scoring import Precision
 
@@ -235,6 +235,7 @@ def _register_figure_6(seq_len: int) -> None:
             "Width d",
             [(one, WIDTHS) for one in FIGURE_6_MODELS],
             points,
+            RATES["6"],
             quoted=[],
         )
 
@@ -256,6 +257,7 @@ def draw_figure_1b(records: Sequence[Record], paper: PaperResults) -> Figure:
         "State expansion n",
         [(one, EXPANSIONS) for one in FIGURE_1B_MODELS],
         {(b.model, b.expansion): b for b in _full(records) if _in_1b(b)},
+        RATES["1b"],
         quoted=quoted,
     )
 
@@ -285,8 +287,10 @@ def _figure(
     x_label: str,
     wanted: Sequence[tuple[str, Sequence[int]]],
     points: Mapping[Any, Best],
+    rates: Sequence[float],
     quoted: Sequence[Line],
 ) -> Figure:
+    """A point is the best of its rates; those of fewer than all `rates` so far are named."""
     lines, missing = list(quoted), []
     for name, xs in wanted:
         run = [x for x in xs if (name, x) in points]
@@ -296,7 +300,10 @@ def _figure(
             sources = [f"{'; '.join(run.id for run in b.runs)} at rate {b.lr:g}" for b in best]
             stds = [spread_over_seeds(b.runs) for b in best]
             lines.append(Line(name, run, [b.accuracy for b in best], sources=sources, stds=stds))
-    return Figure(title, Axis(x_label, "log2"), Axis("Accuracy", "share"), lines, missing)
+    started = [(name, x) for name, xs in wanted for x in xs if (name, x) in points]
+    partly = tell_points(key for key in started if not set(rates) <= set(points[key].by_rate))
+    remark = f"not all of {len(rates)} learning rates yet: {partly}" if partly else ""
+    return Figure(title, Axis(x_label, "log2"), Axis("Accuracy", "share"), lines, missing, remark=remark)
 
 
 def _columns(

@@ -11,6 +11,7 @@ from rodimus_lab.report.figure import (
     HeatMap,
     Line,
     Panels,
+    tell_points,
     write_figure,
     write_figures,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "quoted_tables",
     "runs_json",
     "runs_table",
+    "tell_points",
     "to_csv",
     "to_latex",
     "to_markdown",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -102,9 +102,18 @@ class Band:
         axes.fill_between(self.xs, self.lows, self.highs, color=colour, alpha=0.12, linewidth=0)
 
 
+def tell_points(points: Iterable[tuple[str, float]], whole: Set[str] = frozenset()) -> str:
+    """(name, x) in words, such as "a, b at 1, 2"; of those that are `whole` the name alone."""
+    at: dict[str, list[str]] = {}
+    for name, x in points:
+        at.setdefault(name, []).append(f"{x:g}")
+    return ", ".join(name if name in whole else f"{name} at {', '.join(xs)}" for name, xs in at.items())
+
+
 @dataclass(frozen=True)
 class Figure:
-    """Lines over two axes. `missing` are points that are not there: (name, x). Points with a band are not joined."""
+    """Lines over two axes. `missing` are points that are not there: (name, x); `remark` is what else has to be known.
+    Points with a band are not joined."""
 
     title: str
     x: Axis
@@ -113,18 +122,17 @@ class Figure:
     missing: Sequence[tuple[str, float]] = ()
     size: tuple[float, float] = (7.5, 5.0)
     bands: Sequence[Band] = ()
+    remark: str = ""
 
     @property
     def note(self) -> str:
-        """What has to be known beside the lines: which are quoted, and what was not run."""
+        """What has to be known beside the lines: which are quoted, what was not run, and the remark."""
         parts = ["dashed and pale: the paper's"] if any(line.quoted for line in self.lines) else []
         parts += ["shaded: where the fitted law lies with 95 % confidence"] if self.bands else []
-        absent: dict[str, list[str]] = {}
-        for name, x in self.missing:
-            absent.setdefault(name, []).append(f"{x:g}")
-        whole = {name for name in absent if name not in {line.name for line in self.lines if not line.quoted}}
-        told = [name if name in whole else f"{name} at {', '.join(xs)}" for name, xs in absent.items()]
-        return "; ".join(parts + ([f"not run: {', '.join(told)}"] if told else []))
+        drawn = {line.name for line in self.lines if not line.quoted}
+        absent = tell_points(self.missing, whole={name for name, _ in self.missing} - drawn)
+        parts += [f"not run: {absent}"] if absent else []
+        return "; ".join([*parts, *([self.remark] if self.remark else [])])
 
     def rows(self) -> list[tuple[Any, ...]]:
         """The points below their header, with their sources where there are any; one that is missing has no y. Fitted
@@ -312,7 +320,8 @@ def _name_lines(axes: Any, lines: Sequence[Line]) -> None:
     heights = spread([to_height(point)[1] for point, *_ in ends], LABEL_GAP)
     for (point, name, whose), height in zip(ends, heights, strict=True):
         colour = style_of(name)["color"]
-        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)}
+        leader: dict[str, Any] = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "linestyle": ":"}
+        leader |= {"shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)}
         axes.annotate(
             name + whose,
             point,

@@ -173,8 +173,13 @@ def test_a_panel_of_figure_6_shows_full_runs_only():
     assert {r.recipe["precision"] for r in short} == {"tf32"}
     assert FIGURES["figure06-128"](short + bf16, PAPER).lines == []
     full = runs([0.1, 0.5, 0.9, 0.2], model="rodimus", length=128, width=64)
-    (line,) = FIGURES["figure06-128"](full, PAPER).lines
+    panel = FIGURES["figure06-128"](full, PAPER)
+    (line,) = panel.lines
     assert (line.name, list(line.xs), list(line.ys)) == ("rodimus", [64], [0.9])
+    assert "learning rates" not in panel.note
+    panel = FIGURES["figure06-128"](full[:2], PAPER)
+    assert list(panel.lines[0].ys) == [0.5]
+    assert panel.note.endswith("; not all of 4 learning rates yet: rodimus at 64")
     assert FIGURES["figure06-256"](full, PAPER).lines == []
 
 
