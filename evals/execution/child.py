@@ -3,7 +3,8 @@
 An order comes on standard input (JSON: the program, its limits, the isolation); the verdict goes to standard output.
 With `namespaces`, the program has a root of its own (the interpreter's folders, read-only, and an empty folder in
 memory), no other process in sight and no network interface. With `hooks` it shares the machine's view, and Python's
-audit events refuse what namespaces would hide. Both run under resource limits and a filter of system calls.
+audit events, and Landlock where the kernel has it, refuse what namespaces would hide. Both run under resource limits
+and a filter of system calls. What proves that a program came to its end is out of sight of its own frames.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import resource
 import signal
 import struct
 import sys
+import threading
 from typing import Any
 
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
@@ -40,10 +42,18 @@ REFUSED = {
     "x86_64": (41, 53, 425, 272, 308, 165, 428, 429, 430, 101, 310, 311, 298, 321, 250, 248, 249, 303, 304, 323, 438),
     "aarch64": (198, 199, 425, 97, 268, 40, 428, 429, 430, 117, 270, 271, 241, 280, 219, 217, 218, 264, 265, 282, 438),
 }
+# Besides, where nothing hides the other files: mknod, mknodat, openat2.
+NODES = {"x86_64": (133, 259, 437), "aarch64": (33, 437)}
+# The calls that take a folder's descriptor first (openat, mkdirat, unlinkat, linkat, symlinkat, fchmodat, fchownat),
+# and those that take a second one after a name (renameat, renameat2): no folder but the current one is let through.
+AT_CALLS = {"x86_64": (257, 258, 263, 265, 266, 268, 260), "aarch64": (56, 34, 35, 37, 36, 53, 54)}
+RENAMES = {"x86_64": (264, 316), "aarch64": (38, 276)}
+# Landlock's calls (create a set of rules, add one, take it on) and every right to change files in its first version.
+LANDLOCK, CHANGING, BENEATH = (444, 445, 446), 0b1111111110010, 1
 # Besides, where nothing hides the other processes: kill, tkill, pidfd_send_signal, pidfd_open, setpriority, sched_*.
 SIGNALS = {"x86_64": (62, 200, 424, 434, 141, 144, 302, 57, 58), "aarch64": (129, 130, 424, 434, 140, 119, 261)}
 CLONE = {"x86_64": 56, "aarch64": 220}
-CLONE3, CLONE_THREAD = 435, 0x10000
+CLONE3, CLONE_THREAD, CLONE_NEW = 435, 0x10000, 0x7E020000
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x50000
 EPERM, ENOSYS = 1, 38
@@ -80,7 +90,11 @@ DENIED_EVENTS = (
     "signal.pthread_kill",
     "sys.addaudithook",
 )
-IN_FOLDER = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.utime", "shutil.rmtree")
+# Of Python's own insides, in every isolation: where the frames that know the proof could be found.
+INSIDES = ("sys._current_frames", "sys._current_exceptions", "gc.get_objects", "gc.get_referrers", "gc.get_referents")
+# Modules whose C code opens files by name without an event.
+UNSEEN = {"readline", "_ssl", "_gdbm", "_dbm", "_curses", "_tkinter", "_posixshmem"}
+IN_FOLDER = ("os.chdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.utime", "shutil.rmtree")
 
 
 def main(verdict: int) -> None:
@@ -204,6 +218,8 @@ def _limit(libc: Any, order: dict[str, Any]) -> None:
             libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
         libc.capset(struct.pack("Ii", CAPABILITY_VERSION, 0), struct.pack("6I", *[0] * 6))
         _check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+        if order["isolation"] == "hooks" and platform.machine() in AUDIT_ARCH:
+            _lock_land(libc, order["folder"])
         if platform.machine() in AUDIT_ARCH:
             _filter_calls(libc, platform.machine(), alone=order["isolation"] == "namespaces")
 
@@ -217,11 +233,20 @@ def _filter_calls(libc: Any, machine: str, alone: bool) -> None:
     lines = [line(LOAD, 4), line(JUMP_EQUAL, AUDIT_ARCH[machine], 1), line(RETURN, KILL), line(LOAD, 0)]
     if machine == "x86_64":
         lines += [line(JUMP_ABOVE, 0x40000000, 0, 1), line(RETURN, KILL)]
-    for number in REFUSED[machine] + (() if alone else SIGNALS[machine]):
+    for number in REFUSED[machine] + (() if alone else SIGNALS[machine] + NODES[machine]):
         lines += [line(JUMP_EQUAL, number, 0, 1), line(RETURN, ERRNO | EPERM)]
+    here = AT_FDCWD & 0xFFFFFFFF
+    for number, places in (
+        [] if alone else [(n, (16,)) for n in AT_CALLS[machine]] + [(n, (16, 32)) for n in RENAMES[machine]]
+    ):
+        lines.append(line(JUMP_EQUAL, number, 0, 3 * len(places) + 1))
+        for place in places:
+            lines += [line(LOAD, place), line(JUMP_EQUAL, here, 1), line(RETURN, ERRNO | EPERM)]
+        lines.append(line(RETURN, ALLOW))
+    lines += [line(JUMP_EQUAL, CLONE3, 0, 1), line(RETURN, ERRNO | ENOSYS)]
+    lines += [line(JUMP_EQUAL, CLONE[machine], 0, 5 if not alone else 3), line(LOAD, 16)]
+    lines += [line(JUMP_SET, CLONE_NEW, 0, 1), line(RETURN, ERRNO | EPERM)]
     if not alone:  # Threads only.
-        lines += [line(JUMP_EQUAL, CLONE3, 0, 1), line(RETURN, ERRNO | ENOSYS)]
-        lines += [line(JUMP_EQUAL, CLONE[machine], 0, 3), line(LOAD, 16)]
         lines += [line(JUMP_SET, CLONE_THREAD, 1), line(RETURN, ERRNO | EPERM)]
     lines.append(line(RETURN, ALLOW))
     text = ctypes.create_string_buffer(b"".join(lines))
@@ -229,22 +254,33 @@ def _filter_calls(libc: Any, machine: str, alone: bool) -> None:
     _check(libc.prctl(PR_SET_SECCOMP, 2, program, 0, 0), "seccomp")
 
 
+def _refuse_insides() -> None:
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in INSIDES:
+            raise PermissionError(f"generated code may not do {event}")
+
+    sys.addaudithook(hook)
+
+
 def _refuse(folder: str) -> None:
     """Python's own events, for what the file permissions of this user would let through."""
     inside = folder + os.sep
-    real, absolute, text = os.path.realpath, os.path.join, os.fsdecode
+    real, text = os.path.realpath, os.fsdecode
 
     def writable(path: Any) -> bool:
-        if not isinstance(path, str | bytes | os.PathLike):
-            return False
-        return (real(absolute(folder, text(path))) + os.sep).startswith(inside)
+        return isinstance(path, str | bytes | os.PathLike) and (real(text(path)) + os.sep).startswith(inside)
+
+    def hidden(path: Any) -> bool:
+        return isinstance(path, str | bytes | os.PathLike) and (real(text(path)) + os.sep).startswith("/proc/")
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, mode, flags = arguments
             writes = (flags or 0) & WRITING or set(mode or "") & set("wax+")
-            if (writes and not writable(path)) or (isinstance(path, str | bytes) and text(path).startswith("/proc")):
+            if (writes and not writable(path)) or hidden(path):
                 raise PermissionError(f"generated code may not open {path!r}")
+        elif event == "import" and arguments[0] in UNSEEN:
+            raise PermissionError(f"generated code may not import {arguments[0]}")
         elif event.startswith(DENIED_EVENTS):
             raise PermissionError(f"generated code may not do {event}")
         elif event.startswith(IN_FOLDER):
@@ -255,25 +291,56 @@ def _refuse(folder: str) -> None:
     sys.addaudithook(hook)
 
 
+def _lock_land(libc: Any, folder: str) -> None:
+    """Let the kernel refuse every change of files outside the folder, where it can (Landlock, Linux 5.13)."""
+    create, add, take_on = LANDLOCK
+    attributes = struct.pack("Q", CHANGING)
+    rules = libc.syscall(create, attributes, len(attributes), 0)
+    if rules < 0:
+        return
+    below = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    _check(libc.syscall(add, rules, BENEATH, struct.pack("=Qi", CHANGING, below), 0), "landlock_add_rule")
+    _check(libc.syscall(take_on, rules, 0), "landlock_restrict_self")
+    os.close(below)
+    os.close(rules)
+
+
 def _run(order: dict[str, Any], verdict: int) -> None:
-    """Execute the program; only one that runs to its end has passed. What it prints goes nowhere."""
-    token, program = order.pop("token"), order.pop("program")
+    """Execute the program; only one that runs to its end has passed. What it prints goes nowhere.
+
+    It runs in a thread of its own: its frames do not lead to this one, which has the proof, and a process that it forks
+    comes to no end here.
+    """
+    passed = json.dumps({"token": order.pop("token"), "passed": True}).encode() + b"\n"
+    program = order.pop("program")
     sys.path[:] = [*(path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))), *order["paths"]]
-    namespace: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__}
-    report = json.dumps
     write, leave = os.write, os._exit
     if order["isolation"] == "hooks":
         if "numpy" in program:
             import numpy  # noqa: F401  (Its own import needs what is refused from here on.)
         _refuse(order["folder"])
-    reason = ""
+    _refuse_insides()
+    outcome: list[str | None] = []
+    thread = threading.Thread(target=_execute, args=(program, outcome))
     write(verdict, b'{"ready": true}\n')  # From here on its time is counted.
+    thread.start()
+    thread.join()
+    reasons = [reason for reason in outcome if reason is not None]
+    said = json.dumps({"reason": reasons[-1] if reasons else "ended before its end"}).encode() + b"\n"
+    write(verdict, passed if outcome == [None] else said)
+    leave(0)
+
+
+def _execute(program: str, outcome: list[str | None]) -> None:
+    """Add None to `outcome` once the program has come to its end, else why it has not."""
+    namespace: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__}
+    short = _short  # What the program may put in its place counts for nothing.
     try:
         exec(compile(program, "<program>", "exec", dont_inherit=True), namespace)
     except BaseException as error:
-        reason = _short(error)
-    write(verdict, report({"token": token, "passed": not reason, "reason": reason}).encode() + b"\n")
-    leave(0)
+        outcome.append(short(error))
+    else:
+        outcome.append(None)
 
 
 def _short(error: BaseException) -> str:

@@ -82,10 +82,10 @@ def run_program(program: str, limits: Limits = DEFAULT, isolation: Isolation | N
     lines = [_object(line) for line in answer.splitlines()]
     if lines and "broken" in lines[0]:
         raise UserError(f"the sandbox cannot be set up ({lines[0]['broken']}); run elsewhere, or as another user")
-    for said in lines:
-        if said.get("token") == token:
-            return Verdict(said.get("passed") is True, str(said.get("reason", "")))
-    return Verdict(False, "ended before its end")
+    if any(said.get("token") == token and said.get("passed") is True for said in lines):
+        return Verdict(True)
+    reasons = [str(said["reason"]) for said in lines if said.get("reason")]
+    return Verdict(False, reasons[-1] if reasons else "ended before its end")
 
 
 def run_programs(

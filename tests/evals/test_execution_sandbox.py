@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
 import threading
 import time
@@ -90,6 +91,24 @@ class TestPrograms:
         verdicts = run_programs([f"{program}\nassert False" for program in early], QUICK, isolation)
         assert not any(verdict.passed for verdict in verdicts)
 
+    def test_a_verdict_cannot_be_forged_from_its_frames(self, isolation):
+        walk = (
+            "import json, os, sys\nframe = sys._getframe(0)\nwhile frame is not None:\n"
+            "  for value in list(frame.f_locals.values()):\n"
+            "    if isinstance(value, list): value.append(None)\n"
+            "    if isinstance(value, bytes) and b'token' in value: [os.write(n, value) for n in range(3, 20)]\n"
+            "  frame.f_globals['_short'] = lambda error: None\n"
+            "  frame = frame.f_back\n"
+        )
+        every = "import sys\nfound = [f.f_locals for f in sys._current_frames().values()]"
+        collected = "import gc\nfound = [x for x in gc.get_objects() if isinstance(x, bytes) and b'token' in x]"
+        verdicts = run_programs([f"{start}\nassert False" for start in (walk, every, collected)], QUICK, isolation)
+        assert not any(verdict.passed for verdict in verdicts)
+
+    def test_a_process_that_it_forks_speaks_not_for_it(self, isolation):
+        verdict = run("import os, time\nif os.fork():\n  time.sleep(0.3)\n  assert False, 'the first'", isolation)
+        assert not verdict.passed
+
     def test_several_are_in_order(self, isolation):
         verdicts = run_programs([f"assert {n} % 2" for n in range(6)], QUICK, isolation)
         assert [verdict.passed for verdict in verdicts] == [False, True] * 3
@@ -168,11 +187,32 @@ class TestBreakingOut:
         assert secret.read_text() == "before"
         assert [path.name for path in secret.parent.iterdir()] == ["secret.txt"]
 
+    def test_writing_outside_by_another_way(self, isolation, secret):
+        """From another current folder, by a folder's descriptor, by C code, and files that are no files."""
+        folder = str(secret.parent)
+        refused(
+            isolation,
+            f"import os\ntry:\n  fd = os.open({folder!r}, os.O_RDONLY)\nexcept OSError: fd = -1",
+            f"os.chdir({folder!r}); open('secret.txt', 'w').write('after')",
+            f"os.chdir({folder!r}); os.mkdir('new')",
+            "os.fchdir(fd); open('secret.txt', 'w').write('after')",
+            "os.close(os.open('secret.txt', os.O_WRONLY | os.O_TRUNC, dir_fd=fd))",
+            "os.close(os.open('new', os.O_WRONLY | os.O_CREAT, dir_fd=fd))",
+            "os.remove('secret.txt', dir_fd=fd)",
+            "os.mkdir('new', dir_fd=fd)",
+            "open('mine', 'w').close(); os.rename('mine', 'new', dst_dir_fd=fd)",
+            f"os.mkfifo({folder!r} + '/new')",
+            f"os.mknod({folder!r} + '/new')",
+            f"__import__('readline').write_history_file({folder!r} + '/new')",
+        )
+        assert secret.read_text() == "before"
+        assert [path.name for path in secret.parent.iterdir()] == ["secret.txt"]
+
     def test_reading_what_is_not_its_business(self, isolation, secret):
         if isolation == "namespaces":
             assert run(f"open({str(secret)!r}).read()", isolation).reason.startswith("FileNotFoundError")
             assert run("import os\nassert os.listdir('.') == []", isolation).passed
-        for path in ("/proc/1/environ", f"/proc/{os.getpid()}/environ", f"/proc/{os.getpid()}/mem"):
+        for path in ("/proc/1/environ", f"/proc/{os.getpid()}/environ", f"//proc/{os.getpid()}/environ", "/proc/1/mem"):
             assert not run(f"open({path!r}, 'rb').read()", isolation).passed
 
     def test_the_environment_is_empty(self, isolation, monkeypatch):
@@ -228,6 +268,9 @@ class TestBreakingOut:
                     "unshare(0x10000000)",
                     "ptrace(16, 1, 0, 0)",
                     "mount(b'x', b'/', b'tmpfs', 0, 0)",
+                    "syscall(56, 0x10000000 | 17, 0, 0, 0, 0)"
+                    if platform.machine() == "x86_64"
+                    else "unshare(0x20000)",
                 )
             ),
         )
