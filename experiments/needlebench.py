@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
 import typer
+from rich.console import Console
 
 from evals.needlebench import PRESETS, SUBTASKS, WEIGHTS, Cell, Source, Spec, evaluate, open_source, summarize
 from evals.needlebench.runner import BATCH_TOKENS, resumed
@@ -50,6 +51,7 @@ from rodimus_lab.report import (
     paper_vs_measured,
     write_figure,
 )
+from rodimus_lab.train.progress import Progress
 
 TASKS = get_args(Task)
 EXPERIMENT = "needlebench"
@@ -186,19 +188,23 @@ def _score(
     run.truncate_metrics(_whole_lines(run.path / METRICS))
     results = resumed(run.read_metrics())
 
-    def keep(cell: Cell, result: dict[str, Any]) -> None:
-        run.append_metrics({"cell": cell.key} | result)
+    scored = count(len(results) + 1)
+    with Progress(run.id, len(list(spec.cells())), unit="cell", console=Console(stderr=True)) as progress:
 
-    results |= evaluate(
-        model,
-        examined.tokenizer,
-        spec,
-        source,
-        length_tokenizer=measure,
-        keep=keep,
-        done=results,
-        batch_tokens=batch_tokens,
-    )
+        def keep(cell: Cell, result: dict[str, Any]) -> None:
+            run.append_metrics({"cell": cell.key} | result)
+            progress.advance(next(scored))
+
+        results |= evaluate(
+            model,
+            examined.tokenizer,
+            spec,
+            source,
+            length_tokenizer=measure,
+            keep=keep,
+            done=results,
+            batch_tokens=batch_tokens,
+        )
     run.finish(
         {
             "label": examined.origin.label,

@@ -13,9 +13,12 @@ PLAIN_SECONDS = 10.0
 
 
 class Progress:
-    """Context manager. `enabled` turns the running display off; `say` speaks all the same."""
+    """Context manager. `enabled` turns the running display off; `say` speaks all the same. A step is called `unit`."""
 
-    def __init__(self, title: str, steps: int, *, enabled: bool = True, console: Console | None = None):
+    def __init__(
+        self, title: str, steps: int, *, unit: str = "step", enabled: bool = True, console: Console | None = None
+    ):
+        self._unit = unit
         self._console = console or Console(soft_wrap=True, highlight=False)
         self._title, self._steps = title, steps
         self._enabled, self._live = enabled, enabled and self._console.is_terminal
@@ -50,7 +53,7 @@ class Progress:
             self._bar.update(self._task, completed=step, status=self._status)
         elif self._enabled and (time.monotonic() >= self._next_line or step == self._steps):
             self._next_line = time.monotonic() + PLAIN_SECONDS
-            self.say(f"{self._title}  step {step:,}/{self._steps:,}  {self._status}")
+            self.say(f"{self._title}  {self._unit} {step:,}/{self._steps:,}  {self._status}".rstrip())
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
