@@ -52,12 +52,13 @@ class FileCorpus(Corpus):
 
     @classmethod
     def at(cls, path: Path) -> FileCorpus:
-        """The corpus of a file, or of the files lying directly in a folder, named after it and its content."""
-        found = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if entry.is_file())
+        """The corpus of a file, or of the files of a folder and, where it has `train/`, of its folders of splits, named
+        after it and its content."""
+        found = [path] if path.is_file() else sorted(_files_of(path))
         found = [entry for entry in found if entry.name.endswith(SUFFIXES)]
         if not found:
             raise UserError(f"there is no text in {path}; it must be or hold files ending in {', '.join(SUFFIXES)}")
-        files = _by_split(found) if path.is_dir() else {}
+        files = _by_split(found, path) if path.is_dir() else {}
         by_hash = not files
         if by_hash:
             files = dict.fromkeys(SPLITS, found)
@@ -179,10 +180,19 @@ def files_fingerprint(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _by_split(paths: list[Path]) -> dict[str, list[Path]]:
+def _files_of(folder: Path) -> Iterator[Path]:
+    in_folders = (folder / "train").is_dir()
+    for entry in folder.iterdir():
+        if entry.is_file():
+            yield entry
+        elif in_folders and entry.name.lower() in SPLIT_NAMES and entry.is_dir():
+            yield from (file for file in entry.iterdir() if file.is_file())
+
+
+def _by_split(paths: list[Path], folder: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for path in paths:
-        if match := SPLIT_PATTERN.match(path.name):
+        if match := SPLIT_PATTERN.match(path.relative_to(folder).parts[0]):
             files.setdefault(SPLIT_NAMES[match[1].lower()], []).append(path)
     return files
 

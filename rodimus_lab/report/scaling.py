@@ -101,8 +101,14 @@ def _group(record: Record, ratio: float) -> Group:
     elif record.budget.get("paper_steps"):
         text = f"short budget, {record.budget['steps'] / record.budget['paper_steps']:.3g} of the paper's steps"
     else:
-        text = f"{name} budget, {ratio:.2g} tokens a parameter"
+        text = f"{name} budget, {_asked(ratio, record.budget['steps']):g} tokens a parameter"
     return Group(corpus, record.tokenizer, name, text)
+
+
+def _asked(ratio: float, steps: int) -> float:
+    """The ratio that was asked for: the shortest number that whole steps round to this one, half a step up or down."""
+    shorter = (float(f"{ratio:.{digits}g}") for digits in range(1, 5))
+    return next((one for one in shorter if abs(one - ratio) <= 0.5001 * ratio / steps), ratio)
 
 
 def _but_seed(record: Record) -> dict[str, object]:

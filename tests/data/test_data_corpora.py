@@ -63,6 +63,18 @@ def test_files_named_after_splits_are_those_splits(tmp_path):
     }
 
 
+def test_folders_named_after_splits_are_those_splits(tmp_path):
+    for name in ("train/0.txt", "train/1.txt", "val/0.txt", "notes/0.txt", "test.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    corpus = open_corpus(str(tmp_path))
+    assert {split: list(corpus.documents(split)) for split in corpus.splits} == {
+        "train": ["train/0.txt", "train/1.txt"],
+        "valid": ["val/0.txt"],
+        "test": ["test.txt"],
+    }
+
+
 def test_a_corpus_lacks_the_splits_that_have_no_file(tmp_path):
     (tmp_path / "train.txt").write_text("text")
     corpus = open_corpus(str(tmp_path))

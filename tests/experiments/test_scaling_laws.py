@@ -172,6 +172,15 @@ def test_corpora_and_ratios_have_columns_of_their_own(ladder):
     assert "| rodimus | 57m |" in text
 
 
+def test_rungs_of_few_steps_stand_with_the_others_of_their_ladder():
+    runs = [
+        made_up(recipe, 9.0)
+        for recipe in (*scaling_laws("rodimus", budget="smoke"), *scaling_laws("transformer++", budget="smoke"))
+    ]
+    measured = [header for header in figure04(runs, PAPER).headers if header.startswith("Valid PPL (")]
+    assert len(measured) == 1
+
+
 def test_the_figures_have_their_bands_and_say_what_was_not_run(ladder):
     figure = FIGURES["figure04-short-true"](ladder, PAPER)
     assert [band.name for band in figure.bands] == ["rodimus", "transformer++"]
