@@ -179,7 +179,8 @@ class Condition:
         return cls(match[1].strip(), match[2], match[3].strip())
 
     def holds(self, values: dict[str, Any]) -> bool:
-        """Whether a run meets it; one that has no such column does not, but for `!=`."""
+        """Whether a run meets it; one that has no such column does not, but for `!=`. Raises `UserError` where the run
+        has a number and the value is none."""
         found = column(values, self.key)
         if found is None:
             return self.sign == "!="
@@ -193,7 +194,7 @@ class Condition:
             try:
                 wanted = float(wanted)
             except ValueError:
-                return self.sign == "!="
+                raise UserError(f"{self.key} is a number, and {self.value!r} is none") from None
         else:
             found = str(found)
         return OPERATORS[self.sign](found, wanted)

@@ -19,7 +19,9 @@ from rich import box
 from rich.table import Table as RichTable
 
 from rodimus_lab import results
+from rodimus_lab.config import did_you_mean
 from rodimus_lab.errors import UserError
+from rodimus_lab.experiment import EXPERIMENTS
 from rodimus_lab.records import (
     PROJECT_ROOT,
     SAMPLES,
@@ -195,8 +197,15 @@ def _warn(sentences: Sequence[str]) -> None:
 
 
 def _chosen(where: list[str] | None, corpus: str | None, experiment: str | None, sort: str | None) -> list[Record]:
-    conditions = [*(where or ()), *([f"corpus={corpus}"] if corpus else [])]
-    return results.select(load_records(experiment=experiment), conditions, sort)
+    """Raises `UserError` for a corpus or an experiment of which there is no run."""
+    records = load_records(experiment=experiment)
+    if experiment and experiment not in EXPERIMENTS and not records and not load_unfinished(experiment=experiment):
+        there = {record.experiment for record in load_records()} | {run.experiment for run in load_unfinished()}
+        raise UserError(f"there is no run of an experiment named {experiment!r}{did_you_mean(experiment, there)}")
+    known = {record.corpus for record in records}
+    if corpus and records and corpus not in known:
+        raise UserError(f"there is no finished run on a corpus named {corpus!r}{did_you_mean(corpus, known)}")
+    return results.select(records, [*(where or ()), *([f"corpus={corpus}"] if corpus else [])], sort)
 
 
 def _columns(records: Sequence[Record], keys: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -81,7 +81,6 @@ def test_tables_and_figures_are_read_back() -> None:
         (["optimizer.lr=5e-4", "repeats=12"], ["rodimus"]),
         (["recipe.optimizer.lr=0.0005", "steps=1500"], ["rodimus", "rodimus+", "transformer++"]),
         (["compile=TRUE", "corpus=enwiki-25k"], ["rodimus", "rodimus+", "transformer++"]),
-        (["test_ppl=sixty"], []),
         (["label=lstm"], []),
     ],
 )
@@ -96,6 +95,7 @@ def test_conditions(root: Path, where: list[str], models: list[str]) -> None:
         (["model"], None, "'model' is no condition; write one such as"),
         (["=3"], None, "'=3' is no condition"),
         (["perplexity=3"], None, "no run has a 'perplexity'"),
+        (["test_ppl=sixty"], None, "test_ppl is a number, and 'sixty' is none"),
         ([], "test_pl", "no run has a 'test_pl'.*test_ppl"),
         (["init_max=0.1"], None, "'init_max' may be any of recipe.model.pattern.0"),
     ],

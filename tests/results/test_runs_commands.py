@@ -166,7 +166,11 @@ def test_a_run_under_way_is_not_pruned(cli, root: Path, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--where", "model"], "'model' is no condition"),
+        (["--where", "test_ppl<low"], "test_ppl is a number, and 'low' is none"),
         (["--sort", "beauty"], "no run has a 'beauty'"),
+        (["--experiment", "wikitext3"], "no run of an experiment named 'wikitext3'; did you mean 'wikitext103'?"),
+        (["--corpus", "enwiki"], "no finished run on a corpus named 'enwiki'; did you mean 'enwiki-25k'?"),
+        (["export", "--experiment", "wikitext3", "runs.csv"], "no run of an experiment named 'wikitext3'"),
         (["compare", "rodimus-b", "lstm"], "there is no finished run 'lstm'"),
         (["export", "runs.txt"], "runs.txt ends in neither .csv nor .parquet"),
         (["--where", "model=rodimus", "export", "runs.csv"], "the options go after export"),
