@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -165,14 +167,34 @@ def measure(model: LanguageModel, reference: LanguageModel, pairs: Sequence[Pair
     return metrics
 
 
+def diverged(step: int, recipe: PosttrainRecipe) -> UserError:
+    """What is said of a loss that is not finite."""
+    return UserError(f"the loss of {recipe.id} is not finite at step {step:,}; give a lower --lr than {recipe.lr:g}")
+
+
 def train(
     model: Any, reference: Any, tokenizer: Any, pairs: Sequence[Pair], recipe: PosttrainRecipe, folder: str
 ) -> None:
-    """Train `model`, a `TrlModel`, in place, by TRL's trainer of the method."""
+    """Train `model`, a `TrlModel`, in place, by TRL's trainer of the method.
+
+    Raises `UserError` naming the step whose loss is not finite.
+    """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    class InTokens(DPOTrainer):
+    class Watched:
+        """A trainer that stops at a loss which is not finite."""
+
+        def training_step(self, *given: Any, **options: Any) -> Any:
+            loss = super().training_step(*given, **options)  # type: ignore[misc]
+            if not loss.isfinite().all():
+                raise diverged(self.state.global_step + 1, recipe)  # type: ignore[attr-defined]
+            return loss
+
+    class FineTuning(Watched, SFTTrainer):
+        pass
+
+    class InTokens(Watched, DPOTrainer):
         """Over pairs that are tokens already, of which TRL has a form for fine-tuning only."""
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
@@ -203,7 +225,7 @@ def train(
             for prompt, (answer,) in pairs
         ]
         settings = SFTConfig(**shared, completion_only_loss=True)
-        trainer = SFTTrainer(
+        trainer = FineTuning(
             model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
         )
     else:
@@ -239,7 +261,7 @@ def posttrain(
     max_length: Annotated[
         int, typer.Option(min=2, help="Tokens of a prompt with its answer; longer pairs are left out.")
     ] = 4096,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Default: cuda where there is one.")] = None,
 ) -> None:
     """Fine-tune a model on answers, or on preferences between answers, in the authors' chat format, through TRL."""
@@ -277,7 +299,16 @@ def posttrain(
     if run.finished and (folder / "config.json").is_file():
         print(f"{run.experiment}/{run.id} is finished; its weights are in {folder}")
         return
-    metrics = _run(recipe, checkpoint, trained, held_out, folder, run, device, budget)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder} is no folder, and the weights are written there; move it away")
+    if folder.exists() and folder.samefile(checkpoint.directory):
+        raise UserError(f"{folder} is to be written and is the model to train; copy it elsewhere")
+    try:
+        metrics = _run(recipe, checkpoint, trained, held_out, folder, run, device, budget)
+    except UserError:
+        if not run.finished:  # It cannot go on where it stopped.
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
     print(f"{recipe.id}: {', '.join(f'{name} {value:.4g}' for name, value in metrics.items())}")
     print(f"its weights are in {folder}: rodimus-lab chat {folder}")
 
@@ -310,14 +341,21 @@ def _run(
     env = environment()
     where = device_name(torch.device(kind))
     run.write_env(env | {"device": where})
+    run.truncate_metrics(0)
     before = measure(model.lm, reference.lm, held_out, recipe.method)
+    if not all(map(math.isfinite, before.values())):
+        raise UserError(f"{checkpoint.directory} has no finite loss before any training; give another model")
     run.append_metrics({"step": 0, **before})
     with TemporaryDirectory() as scratch:
         train(model, reference, RodimusLabTokenizer.of(checkpoint.tokenizer()), trained, recipe, scratch)
     after = measure(model.lm, reference.lm, held_out, recipe.method)
+    if not all(map(math.isfinite, after.values())):
+        raise diverged(recipe.steps, recipe)
     run.append_metrics({"step": recipe.steps, **after})
     stored = next(iter(checkpoint.tensors.values())).dtype
     tensors = {name: tensor.detach().cpu().to(stored) for name, tensor in model.lm.state_dict().items()}
+    if folder.is_dir():  # What is left of a run that was cut off; its name is this recipe's own.
+        shutil.rmtree(folder)
     write_native(checkpoint._replace(tensors=tensors), folder)
     _speak(folder)
     metrics = after | {"valid_loss_before": before["valid_loss"], "held_out": len(held_out), "pairs": len(trained)}

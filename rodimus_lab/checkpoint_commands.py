@@ -24,7 +24,7 @@ MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many tokens.", mi
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)]
 TopK = Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens.", min=1)]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest that reach this probability.")]
-Seed = Annotated[int | None, typer.Option(help="Draw the same text every time.", min=0)]
+Seed = Annotated[int | None, typer.Option(help="Draw the same text every time.", min=0, max=2**63 - 1)]
 DeviceOption = Annotated[DeviceName | None, typer.Option(help="Default: cuda where there is one.")]
 OfficialCache = Annotated[
     bool, typer.Option("--official-cache-compat", help="Decode with the defects of the authors' published cache.")

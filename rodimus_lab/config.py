@@ -94,8 +94,13 @@ class Variant(Config):
 def did_you_mean(name: str, known: Any) -> str:
     """The tail of a sentence about an unknown name: its nearest neighbour, then all the good ones."""
     names = sorted(set(known))
-    close = difflib.get_close_matches(name, names, n=1)
-    return (f"; did you mean {close[0]!r}?" if close else ";") + f" known: {', '.join(names)}"
+    return f"{nearest(name, names) or ';'} known: {', '.join(names)}"
+
+
+def nearest(name: str, known: Any) -> str:
+    """The tail of a sentence about an unknown name: its nearest neighbour, and nothing where none is near."""
+    close = difflib.get_close_matches(name, sorted(set(known)), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def explain(cls: type[BaseModel], error: ValidationError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rodimus_lab.config import nearest
 from rodimus_lab.errors import UserError
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import NAME, PROJECT_ROOT, RECORD, canonical_json, runs_root, write_atomic
@@ -34,12 +36,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # As the umask has it; safetensors would leave the owner's alone.
         save_file(tensors, temporary, metadata=dict(metadata or {"sha256": checksum(tensors)}))
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}); free the disk or choose another place") from None
 
 
@@ -86,7 +92,13 @@ def find_model(run: str | Path, root: Path | str | None = None) -> Path:
                 f"{run!r} has a record, but no weights under {base}, as committed runs have none; to train it again, "
                 "set RODIMUS_LAB_RESULTS to another folder, such as ~/my-results/runs"
             )
-        raise UserError(f"no weights of {str(run)!r} are in that folder or under {base}; train the run first")
+        if (isinstance(run, Path) or "/" in run) and not Path(run).is_dir():
+            raise UserError(
+                f"there is no checkpoint directory {str(run)!r}, nor a run of that name under {base}; correct the path"
+            )
+        near = nearest(str(run), [place.parent.parent.name for place in base.glob(f"*/*/{FINAL}/{MODEL}")])
+        mend = near or "; train the run first"
+        raise UserError(f"no weights of {str(run)!r} are in that folder or under {base}{mend}")
     if len(found) > 1:
         raise UserError(f"{str(run)!r} is ambiguous: {', '.join(map(str, found))}; give one of these folders")
     return found[0]

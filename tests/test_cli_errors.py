@@ -56,6 +56,8 @@ def refused(result, *names):
         (["report", "table0"], ["no report named 'table0'", "table1"]),
         (["report", "table1", "table0"], ["no report named 'table0'"]),
         (["generate", "rodimus-00000000", "--prompt", "a"], ["'rodimus-00000000'", "train the run first"]),
+        (["generate", "any", "--prompt", "a", "--seed", 2**63], ["--seed", "9223372036854775807"]),
+        (["chat", "any", "--seed", 2**63], ["--seed", "9223372036854775807"]),
         (["wikitext103", "--steps", "x"], ["--steps", "integer"]),
         (["wikitext103", "--steps", "1.5"], ["--steps", "integer"]),
         (["wikitext103", "--steps", "-3"], ["--steps", "greater than or equal to 1", "-3"]),

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,10 +54,25 @@ def test_round_trip(tmp_path, recipe, saved, how, monkeypatch):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["nobody-00000000", "../trial", "trial/../../etc", ""])
-def test_no_such_run(tmp_path, saved, name):
-    with pytest.raises(UserError, match="no weights of"):
-        find_model(name, tmp_path / "trial")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nobody-00000000", "no weights of 'nobody-00000000' .*; train the run first"),
+        ("", "no weights of"),
+        ("../trial", "there is no checkpoint directory '../trial', nor a run of that name under .*; correct the path"),
+        ("trial/../../etc", "there is no checkpoint directory"),
+        ("trial/nobody-00000000", "there is no checkpoint directory"),
+        (Path("nowhere"), "there is no checkpoint directory 'nowhere'"),
+    ],
+)
+def test_no_such_run(tmp_path, saved, name, said):
+    with pytest.raises(UserError, match=said):
+        find_model(name, tmp_path)
+
+
+def test_a_run_that_is_nearly_named(tmp_path, recipe, saved):
+    with pytest.raises(UserError, match=f"no weights of .* did you mean '{recipe.id}'"):
+        find_model(recipe.id[:-1], tmp_path)
 
 
 def test_an_id_of_two_experiments(tmp_path, recipe, saved):

@@ -8,6 +8,7 @@ Shapes: B batch, T time, V vocabulary, N the scored tokens at the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +69,7 @@ class RodimusLabLM(TemplateLM):
         super().__init__()
         if dtype not in DTYPES:
             raise UserError(f"{dtype!r} is not a dtype that models are evaluated in; choose {' or '.join(DTYPES)}")
+        self.name = "the model"
         if isinstance(pretrained, LanguageModel):
             if tokenizer is None:
                 raise UserError("a model without a run needs its tokenizer; give one")
@@ -75,6 +77,7 @@ class RodimusLabLM(TemplateLM):
         else:
             kind = device_type(None if device is None else device.partition(":")[0])
             checkpoint = pretrained if isinstance(pretrained, Checkpoint) else open_checkpoint(pretrained)
+            self.name = str(checkpoint.directory)
             tokenizer = tokenizer or checkpoint.tokenizer()
             model = checkpoint.build(device=device or kind, dtype=DTYPES[dtype])
         self.model = model.to(DTYPES[dtype]).eval()
@@ -134,10 +137,16 @@ class RodimusLabLM(TemplateLM):
                 ids_BT = torch.tensor([whole[index] for index in batch], device=self.device)
                 answers = _endings(self.model, ids_BT, counts)
                 for index, answer in zip(batch, answers, strict=True):
-                    results[index] = answer
+                    results[index] = self._finite(answer[0]), answer[1]
                     self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
                 bar.update(len(batch))
         return results
+
+    def _finite(self, nats: float) -> float:
+        """The log-likelihood itself. Raises `UserError` naming the model where it is not finite."""
+        if not math.isfinite(nats):
+            raise UserError(f"{self.name} gives log-likelihoods that are not finite; give weights that did not diverge")
+        return nats
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """log p in nats of each whole text after an end-of-document token, in windows of `max_length` tokens."""
@@ -156,7 +165,7 @@ class RodimusLabLM(TemplateLM):
                     targets_BT[row, : -len(windows[index][2])] = IGNORE
                 nats_B = self.model.loss(ids_BT[:, :-1], targets_BT, reduction="none").double().sum(1)
                 for index, nats in zip(batch, nats_B.tolist(), strict=True):
-                    totals[windows[index][0]] -= nats
+                    totals[windows[index][0]] -= self._finite(nats)
                 bar.update(len(batch))
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)

@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +22,52 @@ QUESTION = "Question: "
 
 class LocalForm(NamedTuple):
     """`file` in the data folder, which may end in .gz, the `split` that lm-eval scores, a column that only the Hub's
-    rows have, what makes a row of llm-foundry's into one of the Hub's (None: there is no such form), and which of the
-    rows are in the split."""
+    rows have, what makes a row of llm-foundry's into one of the Hub's (None: there is no such form), the `columns` that
+    the task reads and what must stand in them (a dot leads into an object), and which of the rows are in the split."""
 
     file: str
     split: str
     column: str
     convert: Callable[[Row], Row] | None
+    columns: Mapping[str, str]
     keep: Callable[[Row], bool] = lambda _: True
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+TEXT, NAME, TEXTS, LABEL = "text", "text that is not blank", "a list of texts", "a label: a whole number or text"
+KINDS: dict[str, Callable[[Any], bool]] = {
+    TEXT: _is_text,
+    NAME: lambda value: _is_text(value) and bool(value.strip()),
+    TEXTS: _is_list,
+    LABEL: lambda value: isinstance(value, int | str) and not isinstance(value, bool),
+}
+CHOICES = {"choices.text": TEXTS, "choices.label": TEXTS, "answerKey": TEXT}
+KEYED = {"text": TEXT, "key": NAME, "value": TEXT}
+ASKED = {"context": TEXT, "question": TEXT, "answers": TEXTS}
+
+
+def _check(row: Row, columns: Mapping[str, str]) -> None:
+    """Raises `KeyError` for a column that a row lacks, and `TypeError` for one that holds something else."""
+    for column, kind in columns.items():
+        value: Any = row
+        for part in column.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise KeyError(column)
+            value = value[part]
+        if not KINDS[kind](value):
+            raise TypeError(f"its {column!r} is {_shown(value)}, not {kind}")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _choices(row: Row) -> Row:
@@ -84,39 +122,59 @@ def _mbpp_test(row: Row) -> bool:
 
 
 def _human_eval(name: str = "HumanEval.jsonl.gz") -> LocalForm:
-    return LocalForm(name, "test", "entry_point", None)
+    return LocalForm(name, "test", "entry_point", None, {"prompt": TEXT, "test": TEXT, "entry_point": TEXT})
 
 
-def _mbpp(name: str = "mbpp.jsonl", keep: Callable[[Row], bool] = _mbpp_test) -> LocalForm:
-    return LocalForm(name, "test", "test_list", None, keep)
+def _mbpp(name: str = "mbpp.jsonl", asked: str = "text", keep: Callable[[Row], bool] = _mbpp_test) -> LocalForm:
+    return LocalForm(name, "test", "test_list", None, {asked: TEXT, "test_list": TEXTS}, keep)
+
+
+def _mbpp_plus() -> LocalForm:
+    return _mbpp("MbppPlus.jsonl.gz", "prompt", lambda _: True)
 
 
 LOCAL = {
-    "arc_challenge": LocalForm("arc_challenge.jsonl", "test", "answerKey", _arc),
-    "arc_easy": LocalForm("arc_easy.jsonl", "test", "answerKey", _arc),
-    "hellaswag": LocalForm("hellaswag.jsonl", "validation", "ctx_a", _hellaswag),
-    "lambada_openai": LocalForm("lambada_openai.jsonl", "test", "text", _lambada),
-    "openbookqa": LocalForm("openbook_qa.jsonl", "test", "answerKey", _openbookqa),
-    "piqa": LocalForm("piqa.jsonl", "validation", "goal", _piqa),
-    "winogrande": LocalForm("winogrande.jsonl", "validation", "sentence", _winogrande),
-    "nq_open": LocalForm("nq_open_dev.jsonl", "validation", "question", None),
-    "triviaqa": LocalForm("triviaqa_sm_sub.jsonl", "validation", "question", _triviaqa),
-    "recall_fda": LocalForm("fda.jsonl", "validation", "text", None),
-    "recall_swde": LocalForm("swde.jsonl", "validation", "text", None),
-    "recall_squad": LocalForm("squad.jsonl", "validation", "text", None),
-    "recall_drop": LocalForm("drop.jsonl", "validation", "context", None),
-    "recall_nq": LocalForm("nq.jsonl", "validation", "context", None),
-    "recall_triviaqa": LocalForm("triviaqa.jsonl", "validation", "context", None),
+    "arc_challenge": LocalForm("arc_challenge.jsonl", "test", "answerKey", _arc, {"question": TEXT} | CHOICES),
+    "arc_easy": LocalForm("arc_easy.jsonl", "test", "answerKey", _arc, {"question": TEXT} | CHOICES),
+    "hellaswag": LocalForm(
+        "hellaswag.jsonl",
+        "validation",
+        "ctx_a",
+        _hellaswag,
+        {"activity_label": TEXT, "ctx_a": TEXT, "ctx_b": TEXT, "endings": TEXTS, "label": LABEL},
+    ),
+    "lambada_openai": LocalForm("lambada_openai.jsonl", "test", "text", _lambada, {"text": TEXT}),
+    "openbookqa": LocalForm("openbook_qa.jsonl", "test", "answerKey", _openbookqa, {"question_stem": TEXT} | CHOICES),
+    "piqa": LocalForm(
+        "piqa.jsonl", "validation", "goal", _piqa, {"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": LABEL}
+    ),
+    "winogrande": LocalForm(
+        "winogrande.jsonl",
+        "validation",
+        "sentence",
+        _winogrande,
+        {"sentence": TEXT, "option1": TEXT, "option2": TEXT, "answer": TEXT},
+    ),
+    "nq_open": LocalForm("nq_open_dev.jsonl", "validation", "question", None, {"question": TEXT, "answer": TEXTS}),
+    "triviaqa": LocalForm(
+        "triviaqa_sm_sub.jsonl", "validation", "question", _triviaqa, {"question": TEXT, "answer.aliases": TEXTS}
+    ),
+    "recall_fda": LocalForm("fda.jsonl", "validation", "text", None, KEYED),
+    "recall_swde": LocalForm("swde.jsonl", "validation", "text", None, KEYED),
+    "recall_squad": LocalForm("squad.jsonl", "validation", "text", None, {"text": TEXT, "value": TEXT}),
+    "recall_drop": LocalForm("drop.jsonl", "validation", "context", None, ASKED),
+    "recall_nq": LocalForm("nq.jsonl", "validation", "context", None, ASKED),
+    "recall_triviaqa": LocalForm("triviaqa.jsonl", "validation", "context", None, ASKED),
     "humaneval": _human_eval(),
     "humaneval_instruct": _human_eval(),
     "humaneval_plus": _human_eval("HumanEvalPlus.jsonl.gz"),
     "humaneval_plus_instruct": _human_eval("HumanEvalPlus.jsonl.gz"),
     "mbpp": _mbpp(),
     "mbpp_instruct": _mbpp(),
-    "mbpp_plus": _mbpp("MbppPlus.jsonl.gz", keep=lambda _: True),
-    "mbpp_plus_instruct": _mbpp("MbppPlus.jsonl.gz", keep=lambda _: True),
-    "gsm8k_cot": LocalForm("gsm8k_test.jsonl", "test", "question", None),
-    "recall_squad_questions": LocalForm("squad_dev_v1.1.json", "validation", "context", None),
+    "mbpp_plus": _mbpp_plus(),
+    "mbpp_plus_instruct": _mbpp_plus(),
+    "gsm8k_cot": LocalForm("gsm8k_test.jsonl", "test", "question", None, {"question": TEXT, "answer": TEXT}),
+    "recall_squad_questions": LocalForm("squad_dev_v1.1.json", "validation", "context", None, ASKED),
 }
 
 
@@ -153,7 +211,9 @@ def read_rows(task: str, folder: Path) -> list[Row]:
             if not given and form.convert is None:
                 raise KeyError(form.column)
             if form.keep(row):
-                items.append(row if given or form.convert is None else form.convert(row))
+                item = row if given or form.convert is None else form.convert(row)
+                _check(item, form.columns)
+                items.append(item)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise UserError(
                 f"item {number} of {path} is not one of {task} ({_reason(error)}); fetch it again"

@@ -7,6 +7,7 @@ The own layout is what `save_pretrained` of `rodimus_lab.hf` writes: `config.jso
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ from rodimus_lab.convert import fla, official
 from rodimus_lab.convert.chat import CHAT_TEMPLATE
 from rodimus_lab.convert.settings import Settings
 from rodimus_lab.convert.tensors import Source, dtype_name, read_json, write_sharded
-from rodimus_lab.data import Tokenizer, load_tokenizer
+from rodimus_lab.data import Tokenizer, load_tokenizer, read_backend
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.mixer import TokenMixer
 from rodimus_lab.nn.model import LanguageModel, LanguageModelConfig
@@ -189,13 +190,19 @@ def _write(
 ) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} is there already; give a new folder")
-    write_sharded(directory, tensors)
+    texts = {}
     text = _tokenizer_text(checkpoint)
     if text is not None:
         facts = _tokenizer_facts(checkpoint) | {"tokenizer_class": tokenizer_class}
-        write_atomic(directory / TOKENIZER, text)
-        write_atomic(directory / "tokenizer_config.json", json.dumps(facts, indent=1, ensure_ascii=False))
-    write_atomic(directory / CONFIG, json.dumps(values, indent=1))
+        texts = {TOKENIZER: text, "tokenizer_config.json": json.dumps(facts, indent=1, ensure_ascii=False)}
+    texts[CONFIG] = json.dumps(values, indent=1)
+    try:
+        write_sharded(directory, tensors)
+        for name, text in texts.items():
+            write_atomic(directory / name, text)
+    except BaseException:  # What is left of a folder that was new or empty would be in the way of the next attempt.
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def _special_ids(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -205,11 +212,17 @@ def _special_ids(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _tokenizer_text(checkpoint: Checkpoint) -> str | None:
-    """What `tokenizer.json` says; None where a directory has none and for a run that did not read text."""
+    """What `tokenizer.json` says; None where a directory has none and for a run that did not read text.
+
+    Raises `UserError` where it is no tokenizer.
+    """
     if checkpoint.recipe is not None:
         return checkpoint.tokenizer().to_json() if checkpoint.recipe.reads_text else None
     path = checkpoint.directory / TOKENIZER
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    if not path.is_file():
+        return None
+    read_backend(path)
+    return path.read_text(encoding="utf-8")
 
 
 def _tokenizer_facts(checkpoint: Checkpoint) -> dict[str, Any]:

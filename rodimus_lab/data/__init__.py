@@ -7,7 +7,14 @@ from rodimus_lab.data.loader import IGNORED, BlockLoader, TokenBlocks, eval_batc
 from rodimus_lab.data.prepared import Manifest, PreparedData
 from rodimus_lab.data.shards import prepare
 from rodimus_lab.data.storage import cache_root, data_root
-from rodimus_lab.data.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer, padded_vocab_size, train_bpe
+from rodimus_lab.data.tokenizers import (
+    TOKENIZERS,
+    Tokenizer,
+    load_tokenizer,
+    padded_vocab_size,
+    read_backend,
+    train_bpe,
+)
 
 __all__ = [
     "CORPORA",
@@ -30,5 +37,6 @@ __all__ = [
     "open_corpus",
     "padded_vocab_size",
     "prepare",
+    "read_backend",
     "train_bpe",
 ]

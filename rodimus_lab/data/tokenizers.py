@@ -167,7 +167,7 @@ def _pydoc_4096() -> backends.Tokenizer:
         tokenizer = train_bpe(open_corpus("pydoc").documents("train"), 4096)
         with whole_file(path) as file:
             file.write(tokenizer.to_str().encode())
-    return _read(path)
+    return read_backend(path)
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> backends.Tokenizer:
@@ -199,7 +199,7 @@ def _local(*names: str) -> list[Path] | None:
 def _whole(name: str, file: str, repository: str) -> backends.Tokenizer:
     """A `tokenizer.json` below the data root, or a repository of the Hub."""
     local = _local(file)
-    return _read(local[0]) if local else _from_hub(name, repository, file)
+    return read_backend(local[0]) if local else _from_hub(name, repository, file)
 
 
 def _from_hub(name: str, repository: str, files: str) -> backends.Tokenizer:
@@ -213,12 +213,13 @@ def _from_hub(name: str, repository: str, files: str) -> backends.Tokenizer:
 
 
 def _from_file(path: Path) -> Tokenizer:
-    backend = _read(path)
+    backend = read_backend(path)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", path.stem if path.stem != "tokenizer" else path.resolve().parent.name)
     return Tokenizer(f"{stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}", backend)
 
 
-def _read(path: Path) -> backends.Tokenizer:
+def read_backend(path: Path) -> backends.Tokenizer:
+    """What a `tokenizer.json` holds. Raises `UserError` naming the file where it is none."""
     try:
         text = path.read_text(encoding="utf-8")
         json.loads(text)

@@ -19,7 +19,7 @@ from zlib import crc32
 from rodimus_lab.errors import UserError
 from rodimus_lab.records import Record, figures_root, load_records, write_atomic
 from rodimus_lab.registry import Registry, load_plugins
-from rodimus_lab.report.heat_map import HeatMap
+from rodimus_lab.report.heat_map import HeatMap, wrap_title
 from rodimus_lab.report.paper import PaperResults
 from rodimus_lab.report.table import check_name
 
@@ -206,7 +206,7 @@ class Panels:
 
     def paint(self, canvas: Any) -> None:
         """Draw into a matplotlib figure."""
-        canvas.suptitle(self.title)
+        canvas.suptitle(wrap_title(self.title, self.size[0]))
         across = min(self.columns, len(self.parts))
         pieces = canvas.subfigures(-(-len(self.parts) // across), across, squeeze=False)
         for part, piece in zip(self.parts, pieces.flat, strict=False):

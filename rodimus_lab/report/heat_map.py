@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 SCORES = ("#D55E00", "#F0E442", "#009E73")  # Of 0, 50 and 100, and told apart by the colour-blind.
 MARKS = 10  # Rows that are named, about.
+TITLE_LETTERS = 10  # In an inch of a title, at most.
+
+
+def wrap_title(title: str, inches: float) -> str:
+    """The title in lines that fit into so many inches."""
+    return fill(title, max(1, int(TITLE_LETTERS * inches)))
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,8 @@ class HeatMap:
         """Draw into a matplotlib figure or a part of one."""
         from matplotlib.colors import LinearSegmentedColormap
 
-        axes = canvas.add_subplot(title=self.title, xlabel=self.x_label, ylabel=self.y_label, facecolor="white")
+        title = wrap_title(self.title, self.size[0] - 1.5)  # Less what stands at both sides of the axes.
+        axes = canvas.add_subplot(title=title, xlabel=self.x_label, ylabel=self.y_label, facecolor="white")
         axes.patch.set(hatch="////", edgecolor="#BBBBBB")
         style: dict[str, Any] = {"cmap": "viridis"}
         if self.scores:

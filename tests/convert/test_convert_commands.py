@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import convert_official as official
 import pytest
@@ -249,6 +250,41 @@ def test_a_bad_directory(cli, places, theirs, tmp_path, command):
     refused(run(theirs), "pytorch_model.bin is a pickle, which is not read")
     (theirs / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../b.safetensors"}}')
     refused(run(theirs), "points out of its folder")
+
+
+@pytest.mark.parametrize("text", [b"{}", b"\xff\xfe\x00", b"{"])
+def test_a_bad_tokenizer_leaves_nothing(cli, places, theirs, tmp_path, text):
+    """It is looked at before the weights are written, so that the same command works once it is mended."""
+    tokenizer = theirs / "tokenizer.json"
+    good = tokenizer.read_bytes()
+    tokenizer.write_bytes(text)
+    refused(cli("convert", theirs, tmp_path / "ours"), f"{tokenizer} is not a tokenizer.json")
+    assert not (tmp_path / "ours").exists()
+    tokenizer.write_bytes(good)
+    assert cli("convert", theirs, tmp_path / "ours").code == 0
+
+
+def test_a_write_that_fails_leaves_nothing(cli, places, theirs, tmp_path, monkeypatch):
+    def full(path, _):
+        raise UserError(f"cannot write {path}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rodimus_lab.convert.directory.write_atomic", full)
+        refused(cli("convert", theirs, tmp_path / "ours"), "cannot write")
+    assert not (tmp_path / "ours").exists()
+    (tmp_path / "file").touch()
+    refused(cli("convert", theirs, tmp_path / "file" / "ours"), tmp_path / "file")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_all_files_have_the_mode_that_the_umask_leaves(cli, places, theirs, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        assert cli("convert", theirs, tmp_path / "ours").code == 0
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "ours").iterdir()}
+    assert modes == {0o666 & ~mask}
 
 
 def test_other_bad_input(cli, places, theirs, tmp_path):

@@ -223,3 +223,15 @@ def test_bad_requests(model, tokenizer):
         lm.generate_until(requests(("the", {"max_gen_toks": 4})), disable_tqdm=True)
     with pytest.raises(UserError, match="generation takes no num_beams"):
         lm.generate_until(requests(("the", {"num_beams": 4})), disable_tqdm=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_diverged(tokenizer, value):
+    model = model_config("rodimus", size="smoke", vocab_size=tokenizer.vocab_size).build()
+    with torch.no_grad():
+        model.embedding.weight.fill_(value)
+    lm = adapter(model, tokenizer)
+    with pytest.raises(UserError, match="the model gives log-likelihoods that are not finite"):
+        lm.loglikelihood(requests(*PAIRS), disable_tqdm=True)
+    with pytest.raises(UserError, match="the model gives log-likelihoods that are not finite"):
+        lm.loglikelihood_rolling(requests((WORDS,)), disable_tqdm=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rodimus_lab.records import PROJECT_ROOT, load_records, load_unfinished
+from rodimus_lab.weights import read_run, save_model
 
 ROWS = {
     "arc_easy.jsonl": [
@@ -159,6 +160,19 @@ class TestWithLmEval:
             cli("eval", "nobody-00000000", "--suite", "piqa", "--data-dir", folder), "no weights of 'nobody-00000000'"
         )
         refused(cli("eval", "--suite", "piqa"), "no model is named")
+
+    def test_weights_that_diverged_have_no_record(self, cli, smoke_run, folder):
+        final = smoke_run.root / "checkpoints" / "wikitext103" / smoke_run.id / "final"
+        recipe, tensors = read_run(final)
+        save_model(final, {name: tensor * float("nan") for name, tensor in tensors.items()}, recipe)
+        for suite in ("piqa", "lambada_openai"):
+            result = cli("eval", smoke_run.id, "--suite", suite, "--data-dir", folder, "--device", "cpu")
+            assert result.code == 2
+            said = result.err.splitlines()[-1]
+            assert (
+                said == f"error: {final} gives log-likelihoods that are not finite; give weights that did not diverge"
+            )
+        assert not (smoke_run.root / "runs" / "eval").exists() or not list((smoke_run.root / "runs" / "eval").iterdir())
 
     def test_one_model_of_several_that_fails(self, cli, smoke_run, folder):
         """The others are scored, and the end says that one was not."""

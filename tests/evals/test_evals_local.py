@@ -150,7 +150,8 @@ def test_squad_as_published(tmp_path):
         ("{", ["piqa.jsonl", "cannot be read"]),
         ("[]", ["line 1 is no JSON object"]),
         ("", ["holds no items"]),
-        ('{"goal": "a"}\n{"query": "b"}', ["item 2", "choices"]),
+        (json.dumps(HUB_ROWS["piqa"]) + '\n{"query": "b"}', ["item 2", "choices"]),
+        ('{"goal": "a"}', ["item 1", "not one of piqa", "it has no 'sol1'"]),
         ('{"query": "b", "choices": ["one"], "gold": 0}', ["item 1", "not one of piqa"]),
     ],
 )
@@ -159,6 +160,36 @@ def test_a_bad_file(folder, text, names):
     with pytest.raises(UserError) as error:
         read_rows("piqa", folder)
     assert all(name in str(error.value) for name in names)
+
+
+SWDE = {"text": "a", "key": "b", "value": "c"}
+PASSAGE = {"context": "a", "question": "b", "answers": ["c"]}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "named"),
+    [
+        ("recall_swde", {"text": "a", "value": "c"}, "it has no 'key'"),
+        ("recall_swde", SWDE | {"key": " "}, "its 'key' is \" \", not text that is not blank"),
+        ("recall_fda", SWDE | {"text": 3}, "its 'text' is 3, not text"),
+        ("recall_squad", {"text": "a", "value": 5}, "its 'value' is 5, not text"),
+        ("recall_nq", PASSAGE | {"answers": None}, "its 'answers' is null, not a list of texts"),
+        ("recall_nq", PASSAGE | {"answers": ["a", 1]}, "its 'answers' is [\"a\", 1], not a list of texts"),
+        ("recall_drop", {"context": "a", "question": "b"}, "it has no 'answers'"),
+        ("recall_triviaqa", PASSAGE | {"context": None}, "its 'context' is null, not text"),
+        ("triviaqa", {"question": "a", "answer": "b"}, "it has no 'answer.aliases'"),
+        ("arc_easy", HUB_ROWS["arc_easy"] | {"choices": {"text": ["a"]}}, "it has no 'choices.label'"),
+        ("arc_easy", {"query": "a", "choices": [1, 2], "gold": 0}, "its 'choices.text' is [1, 2], not a list of texts"),
+        ("winogrande", HUB_ROWS["winogrande"] | {"answer": 1}, "its 'answer' is 1, not text"),
+        ("hellaswag", HUB_ROWS["hellaswag"] | {"label": None}, "its 'label' is null, not a label"),
+    ],
+)
+def test_a_bad_row(tmp_path, task, row, named):
+    path = tmp_path / LOCAL[task].file
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError) as error:
+        read_rows(task, tmp_path)
+    assert f"item 1 of {path} is not one of {task} ({named}" in str(error.value)
 
 
 def test_a_missing_file_and_a_task_without_one(folder):

@@ -12,7 +12,7 @@ from rodimus_lab.convert import Chat, ChatTokenizer, open_checkpoint, open_direc
 from rodimus_lab.data import load_tokenizer
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.zoo import Size, model_config
-from rodimus_lab.records import load_records
+from rodimus_lab.records import load_records, load_unfinished
 from rodimus_lab.registry import load_plugins
 
 HELLO = [{"role": "HUMAN", "content": "Hello"}]
@@ -139,6 +139,37 @@ class TestTrl:
             "chat", folder, "--message", "Say the word moon.", "--max-new-tokens", 3, "--seed", 1, "--device", "cpu"
         )
         assert said.code == 0, said.err
+
+    @pytest.mark.parametrize("method", ["sft", "dpo"])
+    def test_a_loss_that_is_not_finite(self, cli, smoke_run, method):
+        """One sentence with the step, and nothing is left that looks as if it could go on."""
+        command = ("posttrain", smoke_run.id, "--budget", "smoke", "--device", "cpu", "--batch-size", 2, "--steps", 4)
+        result = cli(*command, "--lr", 1e30, "--method", method)
+        assert result.code == 2, result
+        said = result.err.splitlines()[-1]  # Bars of progress are before it.
+        assert said.startswith("error: the loss of ")
+        assert "is not finite at step " in said
+        assert said.endswith("give a lower --lr than 1e+30")
+        assert "Traceback" not in result.err
+        assert not [run for run in load_unfinished(None) if run.experiment == "posttrain"]
+        assert not list((smoke_run.root / "checkpoints" / "posttrain").glob("*"))
+
+    @pytest.mark.parametrize("cut", ["before the config", "before the record"])
+    def test_a_result_that_was_cut_off_is_written_again(self, cli, smoke_run, cut):
+        command = ("posttrain", smoke_run.id, "--budget", "smoke", "--device", "cpu", "--batch-size", 2, "--steps", 2)
+        assert cli(*command).code == 0
+        (record,) = load_records(experiment="posttrain")
+        folder = smoke_run.root / "checkpoints" / "posttrain" / record.id
+        lines = (record.path / "metrics.jsonl").read_text()
+        (record.path / "record.json").unlink()
+        if cut == "before the config":
+            (folder / "config.json").unlink()
+        result = cli(*command)
+        assert result.code == 0, result.err
+        (again,) = load_records(experiment="posttrain")
+        assert again.metrics == record.metrics
+        assert (again.path / "metrics.jsonl").read_text() == lines
+        assert open_directory(folder).config == open_checkpoint(smoke_run.id).config
 
     def test_what_is_refused(self, cli, smoke_run, tmp_path):
         for arguments, said in (

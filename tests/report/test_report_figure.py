@@ -41,6 +41,25 @@ def test_panels_hold_what_their_parts_do(part: Figure | HeatMap, tmp_path: Path)
     assert again == [path.read_bytes() for path in write_figure(both, tmp_path, "both")]
 
 
+@pytest.mark.parametrize("parts", [0, 1, 4])
+def test_long_titles_are_within_the_picture(parts: int) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure as Canvas
+
+    title = f"NeedleBench, {'rodimus-plus-' * 12}0a1b2c3d ({', '.join(['all 24 lengths'] * 20)})"
+    heat_map = HeatMap("g" if parts else title, "token", "row", [1000, 2000], [0], [[50.0, 100.0]], scores=True)
+    drawing = Panels(title, [heat_map] * parts) if parts else heat_map
+    canvas = Canvas(figsize=drawing.size, layout="constrained")
+    drawing.paint(canvas)
+    canvas.draw_without_rendering()
+    drawn = canvas._suptitle if parts else canvas.axes[0].title
+    extent = drawn.get_window_extent()
+    assert drawn.get_text().count("\n") >= 1
+    assert canvas.bbox.x0 <= extent.x0
+    assert extent.x1 <= canvas.bbox.x1
+    assert extent.y1 <= canvas.bbox.y1
+
+
 def test_a_heat_map_names_its_columns() -> None:
     assert figure_csv(HeatMap("g", "token", "row", ["a", "b"], [0], [[0.5, 1.0]])).splitlines() == [
         "column,token,row,value",
