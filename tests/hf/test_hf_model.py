@@ -285,3 +285,24 @@ def test_tokenizer_and_pipeline(tokenizer, tmp_path):
     single = say("o", max_new_tokens=5, do_sample=False)
     assert texts[1][0]["generated_text"] == single[0]["generated_text"]
     assert single[0]["generated_text"].startswith("o")
+
+
+def test_generation_stops_at_a_string(tokenizer):
+    """The stop, and nothing after it, is part of the text; a pipeline's `stop_sequence` is the same."""
+    hf = RodimusLabTokenizer.of(tokenizer)
+    model = tiny("rodimus", vocab_size=tokenizer.vocab_size)
+    batch = hf("plain words", return_tensors="pt")
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    ids = model.generate(**batch, **options)[0].tolist()
+    start = batch["input_ids"].shape[1]
+    new = [hf.decode(token) for token in ids[start:]]
+    stop = next(text for text in new[2:] if text.isascii() and text.isprintable())
+    end = start + new.index(stop) + 1
+    assert end < len(ids), new
+    stopped = model.generate(**batch, stop_strings=[stop], tokenizer=hf, **options)
+    assert stopped[0].tolist() == ids[:end]
+    say = pipeline("text-generation", model=model, tokenizer=hf)
+    (said,) = say("plain words", stop_sequence=stop, return_full_text=False, **options)
+    assert said["generated_text"] == hf.decode(ids[start:end])
+    with pytest.raises((TypeError, ValueError), match="stop_stringz"):
+        model.generate(**batch, stop_stringz=["a"], **options)
