@@ -140,9 +140,10 @@ class RodimusLabForCausalLM(RodimusLabPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """As transformers has it. `generate` hands on the tokenizers that `stop_strings` needs, and `forward` none."""
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As transformers has it, less the tokenizers that `generate` hands on where `stop_strings` needs them."""
+        parent: Any = super()
+        inputs = parent.prepare_inputs_for_generation(*args, **kwargs)
         return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
 
     def forward(
