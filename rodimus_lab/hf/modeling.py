@@ -42,6 +42,7 @@ class RodimusLabPreTrainedModel(PreTrainedModel):
         Raises `UserError` naming the weights that are missing, unknown or of another shape: none is drawn afresh.
         """
         options.setdefault("use_safetensors", True)
+        options["ignore_mismatched_sizes"] = True  # Refused below, by name: transformers' own error has none.
         loaded: Any = super().from_pretrained(*arguments, output_loading_info=True, **options)
         model, facts = loaded
         for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -230,8 +230,12 @@ def test_another_vocabulary_is_refused():
     [
         (lambda weights: weights.pop("lm.final_norm.weight"), "missing keys, lm.final_norm.weight"),
         (lambda weights: weights.update(more=torch.ones(1)), "unexpected keys, more"),
+        (
+            lambda weights: weights.update({"lm.final_norm.weight": torch.ones(3)}),
+            "mismatched keys, lm.final_norm.weight",
+        ),
     ],
-    ids=["missing", "unexpected"],
+    ids=["missing", "unexpected", "of another shape"],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path, spoil, named):
     from safetensors.torch import load_file, save_file
