@@ -8,8 +8,13 @@ Shapes: B batch, T time, V vocabulary, N the scored tokens at the end.
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import math
 from collections.abc import Hashable, Iterator, Sequence
+=======
+import sys
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+>>>>>>> 56341987eefa810f5065aa4db9d269a3d42322c7
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +22,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,6 +41,7 @@ MAX_LENGTH = 2048
 MAX_NEW_TOKENS = 256
 MOST_LOGITS = 2**28  # 1 GiB of float32
 ROLES = {"user": "HUMAN", "assistant": "ASSISTANT"}
+ARGUMENTS = ("pretrained", "dtype", "max_length", "batch_size", "max_batch_size", "device")
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
 
@@ -87,6 +93,34 @@ class RodimusLabLM(TemplateLM):
         self._device = model.embedding.weight.device
         self._decoder: tuple[Hashable, Decoder] | None = None
         self._chat: ChatTokenizer | None = None
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
+    ) -> RodimusLabLM:
+        """See `create_from_arg_obj`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> RodimusLabLM:
+        """From lm-eval's `--model_args`, before which its own options for batch size and device give way.
+
+        lm-eval names a GPU wherever it was told of no device, so where there is none its option means the CPU, as for
+        its own models, and a line says so. Raises `UserError` for an argument that is unknown or missing.
+        """
+        python_only = {"tokenizer"} if isinstance(arg_dict.get("tokenizer"), Tokenizer) else set()
+        if unknown := sorted(set(arg_dict) - set(ARGUMENTS) - python_only):
+            raise UserError(f"model_args of rodimus-lab has no {', '.join(unknown)}; it has {', '.join(ARGUMENTS)}")
+        if "pretrained" not in arg_dict:
+            raise UserError("model_args names no model; give pretrained=RUN_OR_DIRECTORY")
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None} | {**arg_dict}
+        cuda = str(given.get("device")).partition(":")[0] == "cuda"
+        if cuda and "device" not in arg_dict and not torch.cuda.is_available():
+            print("no CUDA device is visible: the model runs on the CPU", file=sys.stderr)
+            given["device"] = "cpu"
+        return cls(**given)
 
     @property
     def eot_token_id(self) -> int:

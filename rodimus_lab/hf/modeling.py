@@ -42,6 +42,7 @@ class RodimusLabPreTrainedModel(PreTrainedModel):
         Raises `UserError` naming the weights that are missing, unknown or of another shape: none is drawn afresh.
         """
         options.setdefault("use_safetensors", True)
+        options["ignore_mismatched_sizes"] = True  # Refused below, by name: transformers' own error has none.
         loaded: Any = super().from_pretrained(*arguments, output_loading_info=True, **options)
         model, facts = loaded
         for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -139,6 +140,12 @@ class RodimusLabForCausalLM(RodimusLabPreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As transformers has it, less the tokenizers that `generate` hands on where `stop_strings` needs them."""
+        parent: Any = super()
+        inputs = parent.prepare_inputs_for_generation(*args, **kwargs)
+        return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
 
     def forward(
         self,

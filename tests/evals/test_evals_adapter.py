@@ -225,6 +225,7 @@ def test_bad_requests(model, tokenizer):
         lm.generate_until(requests(("the", {"num_beams": 4})), disable_tqdm=True)
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_diverged(tokenizer, value):
     model = model_config("rodimus", size="smoke", vocab_size=tokenizer.vocab_size).build()
@@ -235,3 +236,20 @@ def test_weights_that_diverged(tokenizer, value):
         lm.loglikelihood(requests(*PAIRS), disable_tqdm=True)
     with pytest.raises(UserError, match="the model gives log-likelihoods that are not finite"):
         lm.loglikelihood_rolling(requests((WORDS,)), disable_tqdm=True)
+=======
+def test_lm_evals_options_give_way_to_model_args(monkeypatch):
+    """What `create_from_arg_*` hands on, in both of lm-eval's forms."""
+    seen = []
+    monkeypatch.setattr(RodimusLabLM, "__init__", lambda self, **given: seen.append(given))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}
+    RodimusLabLM.create_from_arg_string("pretrained=a", options)
+    RodimusLabLM.create_from_arg_obj({"pretrained": "a", "batch_size": 4, "device": "cuda"}, options)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    RodimusLabLM.create_from_arg_string("pretrained=a,max_length=9", options)
+    assert seen == [
+        {"pretrained": "a", "batch_size": 1, "device": "cpu"},
+        {"pretrained": "a", "batch_size": 4, "device": "cuda"},
+        {"pretrained": "a", "batch_size": 1, "device": "cuda:0", "max_length": 9},
+    ]
+>>>>>>> 56341987eefa810f5065aa4db9d269a3d42322c7

@@ -34,6 +34,22 @@ def folder(tmp_path):
     return folder
 
 
+@pytest.fixture
+def own_task(tmp_path):
+    """A task in a YAML file, for lm-eval's own command line."""
+    items = tmp_path / "items.jsonl"
+    items.write_text("\n".join(json.dumps({"q": "The file is", "a": word}) for word in ("open", "closed")))
+    task = tmp_path / "tasks" / "files.yaml"
+    task.parent.mkdir()
+    task.write_text(
+        "task: files\ndataset_path: json\noutput_type: loglikelihood\ntest_split: test\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {items}\n"
+        "doc_to_text: '{{q}}'\ndoc_to_target: ' {{a}}'\nmetric_list:\n  - metric: acc\n    aggregation: mean\n"
+        "    higher_is_better: true\n"
+    )
+    return task
+
+
 def refused(result, *names):
     assert result.code == 2, result
     assert result.err.startswith("error: ")
@@ -235,30 +251,53 @@ class TestWithLmEval:
         )
         assert done.stdout.split() == ["evals.lmeval.adapter"], done.stderr
 
-    def test_lm_evals_own_command_line(self, smoke_run, tmp_path, monkeypatch):
-        """A task of one's own in a YAML file, and the model by its name."""
+    @pytest.mark.parametrize("more", ["", ",device=cpu,batch_size=2"], ids=["its device", "in model_args"])
+    def test_lm_evals_own_command_line(self, smoke_run, tmp_path, own_task, monkeypatch, capsys, more):
+        """A task of one's own in a YAML file, and the model by its name; the CPU where lm-eval's GPU is not there."""
         import lm_eval.tasks
+        import torch
 
         from evals.lmeval.__main__ import main
 
         few = partial(lm_eval.tasks.TaskManager, include_defaults=False)  # All of lm-eval's tasks take seconds to find.
         monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)
-        items = tmp_path / "items.jsonl"
-        items.write_text("\n".join(json.dumps({"q": "The file is", "a": word}) for word in ("open", "closed")))
-        task = tmp_path / "tasks" / "files.yaml"
-        task.parent.mkdir()
-        task.write_text(
-            "task: files\ndataset_path: json\noutput_type: loglikelihood\ntest_split: test\n"
-            f"dataset_kwargs:\n  data_files:\n    test: {items}\n"
-            "doc_to_text: '{{q}}'\ndoc_to_target: ' {{a}}'\nmetric_list:\n  - metric: acc\n    aggregation: mean\n"
-            "    higher_is_better: true\n"
-        )
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         final = smoke_run.root / "checkpoints" / "wikitext103" / smoke_run.id / "final"
-        command = ["run", "--model", "rodimus-lab", "--model_args", f"pretrained={final}", "--tasks", str(task)]
-        command += ["--device", "cpu", "--output_path", str(tmp_path / "out")]
+        command = ["run", "--model", "rodimus-lab", "--model_args", f"pretrained={final}{more}"]
+        command += ["--tasks", str(own_task), "--output_path", str(tmp_path / "out")]
         monkeypatch.setattr(sys, "argv", ["lm-eval", *command])
         main()
+        said = "no CUDA device is visible: the model runs on the CPU\n"
+        assert capsys.readouterr().err.count(said) == (not more)
         (written,) = (tmp_path / "out").rglob("results_*.json")
         result = json.loads(written.read_text())
         assert result["n-samples"]["files"] == {"original": 2, "effective": 2}
         assert result["config"]["model"] == "rodimus-lab"
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            ("pretrained=nowhere/at-all", "error: no weights of 'nowhere/at-all' are in"),
+            ("pretrained=a,trust_remote_code=True", "has no trust_remote_code; it has pretrained, dtype, max_length"),
+            ("dtype=float32", "give pretrained="),
+        ],
+    )
+    def test_lm_evals_own_command_line_ends_in_a_sentence(self, own_task, arguments, sentence):
+        code = (
+            "import evals.announce as a; a.listen(); import runpy, functools, lm_eval.tasks as t; "
+            "t.TaskManager = functools.partial(t.TaskManager, include_defaults=False); "
+            "runpy.run_module('lm_eval', run_name='__main__')"
+        )
+        command = ["run", "--model", "rodimus-lab", "--model_args", arguments, "--tasks", str(own_task)]
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}", *command],
+            capture_output=True,
+            text=True,
+            cwd=PROJECT_ROOT,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert sentence in line

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from rodimus_lab.convert import open_directory
+from rodimus_lab.convert import CHAT_TEMPLATE, Chat, open_directory
 from rodimus_lab.data import Tokenizer, train_bpe
 from rodimus_lab.errors import UserError
 from rodimus_lab.generate import Sampling, stream
@@ -230,8 +230,12 @@ def test_another_vocabulary_is_refused():
     [
         (lambda weights: weights.pop("lm.final_norm.weight"), "missing keys, lm.final_norm.weight"),
         (lambda weights: weights.update(more=torch.ones(1)), "unexpected keys, more"),
+        (
+            lambda weights: weights.update({"lm.final_norm.weight": torch.ones(3)}),
+            "mismatched keys, lm.final_norm.weight",
+        ),
     ],
-    ids=["missing", "unexpected"],
+    ids=["missing", "unexpected", "of another shape"],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path, spoil, named):
     from safetensors.torch import load_file, save_file
@@ -285,3 +289,63 @@ def test_tokenizer_and_pipeline(tokenizer, tmp_path):
     single = say("o", max_new_tokens=5, do_sample=False)
     assert texts[1][0]["generated_text"] == single[0]["generated_text"]
     assert single[0]["generated_text"].startswith("o")
+
+
+def test_generation_stops_at_a_string(tokenizer):
+    """The stop, and nothing after it, is part of the text; a pipeline's `stop_sequence` is the same."""
+    hf = RodimusLabTokenizer.of(tokenizer)
+    model = tiny("rodimus", vocab_size=tokenizer.vocab_size)
+    batch = hf("plain words", return_tensors="pt")
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    ids = model.generate(**batch, **options)[0].tolist()
+    start = batch["input_ids"].shape[1]
+    new = [hf.decode(token) for token in ids[start:]]
+    stop = next(text for text in new[2:] if text.isascii() and text.isprintable())
+    end = start + new.index(stop) + 1
+    assert end < len(ids), new
+    stopped = model.generate(**batch, stop_strings=[stop], tokenizer=hf, **options)
+    assert stopped[0].tolist() == ids[:end]
+    say = pipeline("text-generation", model=model, tokenizer=hf)
+    (said,) = say("plain words", stop_sequence=stop, return_full_text=False, **options)
+    assert said["generated_text"] == hf.decode(ids[start:end])
+    with pytest.raises((TypeError, ValueError), match="stop_stringz"):
+        model.generate(**batch, stop_stringz=["a"], **options)
+
+
+def test_the_chat_format_by_either_names_of_its_roles(tokenizer):
+    hf = RodimusLabTokenizer.of(tokenizer, chat_template=CHAT_TEMPLATE)
+    official = [{"role": "HUMAN", "content": "Hi"}, {"role": "ASSISTANT", "content": "Hm."}]
+    common = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hm."}]
+    first = {"role": "system", "content": "Be brief."}
+    whole, marker = Chat(official).prompt, "<role>ASSISTANT</role>"
+    for messages in (official, common):
+        assert hf.apply_chat_template(messages, tokenize=False) == whole
+        assert hf.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == whole
+        open_ended = hf.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
+        assert open_ended == whole.removesuffix(marker)
+        assert hf.apply_chat_template(messages, continue_final_message=True, tokenize=False) == open_ended
+        with_system = Chat(official, "Be brief.").prompt
+        assert hf.apply_chat_template(messages, system="Be brief.", tokenize=False) == with_system
+        assert hf.apply_chat_template([first, *messages], tokenize=False) == with_system
+    assert hf.apply_chat_template(common)["input_ids"] == hf(whole)["input_ids"]
+    assert hf.chat_template == CHAT_TEMPLATE
+    for wrong, named in (([{"role": "tool", "content": "x"}], "unknown role tool"), ([*common, first], "once, before")):
+        with pytest.raises(Exception, match=named):
+            hf.apply_chat_template(wrong, tokenize=False)
+
+
+def test_another_chat_format_is_as_transformers_has_it(tokenizer):
+    other = "{{ messages[0]['role'] }}{% if add_generation_prompt %}!{% endif %}"
+    hf = RodimusLabTokenizer.of(tokenizer, chat_template=other)
+    said = [{"role": "tool", "content": "x"}]
+    assert hf.apply_chat_template(said, tokenize=False) == "tool"
+    assert hf.apply_chat_template(said, add_generation_prompt=True, tokenize=False) == "tool!"
+
+
+def test_a_pipelines_chat_goes_on_from_what_it_gave_back(tokenizer):
+    hf = RodimusLabTokenizer.of(tokenizer, chat_template=CHAT_TEMPLATE)
+    say = pipeline("text-generation", model=tiny("rodimus", vocab_size=tokenizer.vocab_size), tokenizer=hf)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    history = say([{"role": "user", "content": "plain"}], **options)[0]["generated_text"]
+    history = say([*history, {"role": "user", "content": "words"}], **options)[0]["generated_text"]
+    assert [message["role"] for message in history] == ["user", "assistant"] * 2
