@@ -8,13 +8,9 @@ Shapes: B batch, T time, V vocabulary, N the scored tokens at the end.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import math
-from collections.abc import Hashable, Iterator, Sequence
-=======
 import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
->>>>>>> 56341987eefa810f5065aa4db9d269a3d42322c7
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -225,7 +225,6 @@ def test_bad_requests(model, tokenizer):
         lm.generate_until(requests(("the", {"num_beams": 4})), disable_tqdm=True)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_diverged(tokenizer, value):
     model = model_config("rodimus", size="smoke", vocab_size=tokenizer.vocab_size).build()
@@ -236,7 +235,8 @@ def test_weights_that_diverged(tokenizer, value):
         lm.loglikelihood(requests(*PAIRS), disable_tqdm=True)
     with pytest.raises(UserError, match="the model gives log-likelihoods that are not finite"):
         lm.loglikelihood_rolling(requests((WORDS,)), disable_tqdm=True)
-=======
+
+
 def test_lm_evals_options_give_way_to_model_args(monkeypatch):
     """What `create_from_arg_*` hands on, in both of lm-eval's forms."""
     seen = []
@@ -252,4 +252,3 @@ def test_lm_evals_options_give_way_to_model_args(monkeypatch):
         {"pretrained": "a", "batch_size": 4, "device": "cuda"},
         {"pretrained": "a", "batch_size": 1, "device": "cuda:0", "max_length": 9},
     ]
->>>>>>> 56341987eefa810f5065aa4db9d269a3d42322c7
