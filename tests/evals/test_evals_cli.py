@@ -277,7 +277,7 @@ class TestWithLmEval:
     @pytest.mark.parametrize(
         ("arguments", "sentence"),
         [
-            ("pretrained=nowhere/at-all", "error: no weights of 'nowhere/at-all' are in"),
+            ("pretrained=nowhere/at-all", "error: there is no checkpoint directory 'nowhere/at-all'"),
             ("pretrained=a,trust_remote_code=True", "has no trust_remote_code; it has pretrained, dtype, max_length"),
             ("dtype=float32", "give pretrained="),
         ],

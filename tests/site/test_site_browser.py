@@ -126,7 +126,7 @@ def test_runs_are_filtered(page: Any, site: Path) -> None:
     page.goto((site / "runs" / "index.html").as_uri())
     page.get_by_label("Only runs with").fill("rodimus+ enwiki")
     assert page.locator("tbody tr:visible").count() == 1
-    assert page.locator("#filter-count").text_content() == "1 of 5"
+    assert page.locator("#filter-count").text_content() == "1 of 6"
 
 
 def test_light_and_dark_are_the_readers_choice(page: Any, site: Path) -> None:
