@@ -9,8 +9,8 @@ from baselines.hawk import GatedGELUConfig, hawk_mixer
 from rodimus_lab.nn.attention import AttentionConfig
 from rodimus_lab.nn.block import BlockConfig
 from rodimus_lab.nn.heads import HeadSharing
-from rodimus_lab.nn.model import InitConfig, LanguageModelConfig
-from rodimus_lab.nn.zoo import MODELS, Size, interleaved
+from rodimus_lab.nn.model import LanguageModelConfig
+from rodimus_lab.nn.zoo import MODELS, Size, hybrid
 
 
 @MODELS.register("griffin")
@@ -19,11 +19,4 @@ def griffin(size: Size) -> LanguageModelConfig:
     the least model has one block of each."""
     attention = AttentionConfig(heads=HeadSharing.of("mqa", size.num_heads), window=size.context // 2)
     recurrent, local = (BlockConfig(hops=((mixer,), (GatedGELUConfig(),))) for mixer in (hawk_mixer(size), attention))
-    pattern, repeats = interleaved((recurrent, recurrent, local), size.num_layers)
-    return LanguageModelConfig(
-        vocab_size=size.vocab_size,
-        d_model=size.d_model,
-        pattern=pattern,
-        repeats=repeats,
-        init=InitConfig(rescale_residual=True),
-    )
+    return hybrid(size, (recurrent, recurrent, local))

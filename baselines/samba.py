@@ -11,8 +11,8 @@ from rodimus_lab.nn.attention import AttentionConfig
 from rodimus_lab.nn.block import BlockConfig
 from rodimus_lab.nn.feedforward import FeedForwardConfig
 from rodimus_lab.nn.heads import HeadSharing
-from rodimus_lab.nn.model import InitConfig, LanguageModelConfig
-from rodimus_lab.nn.zoo import MODELS, Size, align8, interleaved
+from rodimus_lab.nn.model import LanguageModelConfig
+from rodimus_lab.nn.zoo import MODELS, Size, align8, hybrid
 
 
 @MODELS.register("samba")
@@ -21,11 +21,4 @@ def samba(size: Size) -> LanguageModelConfig:
     attention = AttentionConfig(heads=HeadSharing.of("mha", size.num_heads), window=size.context // 2)
     feed_forward = FeedForwardConfig(width=align8(8 * size.d_model / 3))
     group = tuple(BlockConfig(hops=((mixer,), (feed_forward,))) for mixer in (MambaConfig(), attention))
-    pattern, repeats = interleaved(group, size.num_layers)
-    return LanguageModelConfig(
-        vocab_size=size.vocab_size,
-        d_model=size.d_model,
-        pattern=pattern,
-        repeats=repeats,
-        init=InitConfig(rescale_residual=True),
-    )
+    return hybrid(size, group)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +22,6 @@ from rodimus_lab.records import (
     FROM_FOLDER,
     Record,
     RunDir,
-    canonical_json,
     describe_budget,
     environment,
     runs_root,
@@ -141,7 +139,7 @@ def _source(origin: Provenance) -> dict[str, Any]:
 def _keep(recipe: Mapping[str, Any], reading: Reading) -> str:
     """Write the record, in place of one of the same recipe; returns its `experiment/id`."""
     label, facts = recipe["label"], environment()
-    run = RunDir(runs_root(), EXPERIMENT, f"{label}-{sha256(canonical_json(recipe).encode()).hexdigest()[:8]}")
+    run = RunDir.of(runs_root(), EXPERIMENT, recipe)
     run.create(recipe)
     run.write_env(facts | {"device": recipe["device"]})
     write_gates(run.path, reading)

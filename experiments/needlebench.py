@@ -8,7 +8,6 @@ table of all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -31,7 +30,6 @@ from rodimus_lab.records import (
     METRICS,
     Record,
     RunDir,
-    canonical_json,
     environment,
     figures_root,
     load_records,
@@ -166,7 +164,7 @@ def score_run(
         "dtype": examined.dtype,
         "device": examined.device,
     }
-    run = RunDir(runs_root(), EXPERIMENT, f"{label}-{sha256(canonical_json(asked).encode()).hexdigest()[:8]}")
+    run = RunDir.of(runs_root(), EXPERIMENT, asked)
     if not run.finished:
         _score(model.to(DTYPES[examined.dtype]), run, examined, spec, source, measure, asked, facts, batch_tokens)
     return next(record for record in load_records(experiment=EXPERIMENT) if record.id == run.id)

@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,11 @@ class RunDir:
             _check_name(what, name)
         self.experiment, self.id = experiment, id
         self.path = Path(root) / experiment / id
+
+    @classmethod
+    def of(cls, root: Path | str, experiment: str, recipe: Mapping[str, Any]) -> RunDir:
+        """The folder of what was measured and not trained, named after the recipe's label and its digest."""
+        return cls(root, experiment, f"{recipe['label']}-{sha256(canonical_json(recipe).encode()).hexdigest()[:8]}")
 
     @property
     def finished(self) -> bool:

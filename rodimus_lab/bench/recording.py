@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,7 @@ from rodimus_lab.bench.peers import OUT_OF_MEMORY
 from rodimus_lab.bench.result import Row, app
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.zoo import MODELS, slug
-from rodimus_lab.records import RunDir, canonical_json, runs_root
+from rodimus_lab.records import RunDir, runs_root
 from rodimus_lab.registry import load_plugins
 
 EXPERIMENT = "bench"
@@ -48,7 +47,7 @@ def _record(row: Row, bench: str, settings: Row, environment: Row, root: Path) -
     recipe = {key: value for key, value in given.items() if key not in outcomes and key != "model"}
     label = slug(row["model"]) if row["model"] in MODELS else row["model"]
     recipe |= {"bench": bench, "label": label, "device": environment["device"]}
-    run = RunDir(root, EXPERIMENT, f"{label}-{sha256(canonical_json(recipe).encode()).hexdigest()[:8]}")
+    run = RunDir.of(root, EXPERIMENT, recipe)
     run.create(recipe)
     run.write_env(environment)
     run.finish(

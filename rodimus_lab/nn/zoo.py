@@ -126,15 +126,19 @@ def slug(name: str) -> str:
     return file_spelling(MODELS.canonical(name))
 
 
-def interleaved(group: tuple[BlockConfig, ...], num_layers: int) -> tuple[tuple[BlockConfig, ...], int]:
-    """The pattern and repeats of a hybrid whose blocks, one a layer, follow one another as in `group`.
+def hybrid(size: Size, group: tuple[BlockConfig, ...]) -> LanguageModelConfig:
+    """A model whose blocks, one a layer, follow one another as in `group`.
 
     Where layers are left over the first group is short of its first blocks; the least model has two blocks.
     """
-    groups, left_over = divmod(max(2, num_layers), len(group))
-    if left_over == 0:
-        return group, groups
-    return (group * (groups + 1))[len(group) - left_over :], 1
+    groups, left_over = divmod(max(2, size.num_layers), len(group))
+    return LanguageModelConfig(
+        vocab_size=size.vocab_size,
+        d_model=size.d_model,
+        pattern=(group * (groups + 1))[len(group) - left_over :] if left_over else group,
+        repeats=1 if left_over else groups,
+        init=InitConfig(rescale_residual=True),
+    )
 
 
 def align8(width: float) -> int:
