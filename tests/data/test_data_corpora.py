@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -189,6 +190,30 @@ def test_without_network_the_error_names_the_corpus_and_both_mends(tmp_path):
         assert words in corpus
     for words in ("'gpt2'", "RODIMUS_LAB_DATA", "tokenizers/gpt2/{encoder.json,vocab.bpe}", "network access"):
         assert words in tokenizer
+
+
+def test_the_hubs_lines_are_read_as_a_files(monkeypatch, tmp_path):
+    """Rows as the Hub gives them, each with its line end, from a stand-in for the package that fetches them."""
+    lines = [" \n", " = Robert Boulter = \n", " \n", " Robert Boulter is an English actor . \n"]
+    asked = {}
+
+    class Rows:
+        def iter(self, batch_size):
+            yield {"text": lines[:3]}
+            yield {"text": lines[3:]}
+
+    def load_dataset(*arguments, **options):
+        asked.update(options, arguments=arguments)
+        return Rows()
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    from_hub = list(open_corpus("wikitext-103").documents("valid"))
+    assert asked["arguments"] == ("Salesforce/wikitext", "wikitext-103-v1")
+    assert (asked["split"], len(asked["revision"])) == ("validation", 40)
+    (tmp_path / "wikitext-103").mkdir()
+    (tmp_path / "wikitext-103" / "wiki.valid.tokens").write_text("".join(lines))
+    monkeypatch.setenv("RODIMUS_LAB_DATA", str(tmp_path))
+    assert from_hub == list(open_corpus("wikitext-103").documents("valid"))
 
 
 PYDOC_DIGEST = """
