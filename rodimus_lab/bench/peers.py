@@ -27,7 +27,7 @@ from rodimus_lab.nn.model import IGNORE
 from rodimus_lab.nn.rodimus import RodimusConfig
 from rodimus_lab.nn.zoo import SIZES, Size, model_config
 from rodimus_lab.ops.installed import installed
-from rodimus_lab.ops.mamba_ssm import load_mamba_ssm
+from rodimus_lab.ops.mamba_ssm import has_cuda_build, load_mamba_ssm
 from rodimus_lab.registry import Registry
 
 PARAMETER_TOLERANCE = 0.05
@@ -153,18 +153,10 @@ class FlaRodimus(Peer):
         return output.logits[:, -1]
 
 
-@PEERS.register("mamba-ssm-mamba2")
 class MambaSsm(Peer):
-    """mamba-ssm's Mamba2 language model (state 128, heads of 64, chunks of 256), its Triton SSD; decoding by its own
-    CUDA graphs.
-
-    Without its CUDA build it wants a module `selective_scan_cuda`, which Mamba2 never calls. Without causal-conv1d its
-    fused path is closed, and flash-linear-attention's Triton convolution stands in where that is installed, torch's
-    where not; in decoding, its own fallback for one step stays.
-    """
+    """A language model of mamba-ssm, of twice the layers of the size; decoding by its own CUDA graphs."""
 
     package = ("mamba_ssm", "pip install -e '.[gpu]' on a CUDA machine")
-    like = "mamba2"
     decoding = "its own CUDA graphs"
 
     def __init__(self, size: Size):
@@ -173,15 +165,16 @@ class MambaSsm(Peer):
         from mamba_ssm.models.config_mamba import MambaConfig
         from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
-        fused = installed("causal_conv1d")
         config = MambaConfig(
-            d_model=size.d_model,
-            n_layer=2 * size.num_layers,
-            vocab_size=size.vocab_size,
-            ssm_cfg={"layer": "Mamba2", "use_mem_eff_path": fused},
+            d_model=size.d_model, n_layer=2 * size.num_layers, vocab_size=size.vocab_size, ssm_cfg=self.layer()
         )
         self.net = MambaLMHeadModel(config)
         self._graphs: Any = None
+
+    @staticmethod
+    @abstractmethod
+    def layer() -> dict[str, Any]:
+        """Which layer of mamba-ssm, and its settings."""
 
     @torch.inference_mode()
     def prefill(self, ids_BT: Tensor, slots: int) -> Tensor:
@@ -202,6 +195,40 @@ class MambaSsm(Peer):
         logits_BV = self._graphs.run(ids_B1, positions_B1, memory.seqlen_offset)[:, -1]
         memory.seqlen_offset += 1
         return logits_BV
+
+
+@PEERS.register("mamba-ssm-mamba2")
+class MambaSsmMamba2(MambaSsm):
+    """mamba-ssm's Mamba2 (state 128, heads of 64, chunks of 256) on its Triton SSD.
+
+    Without its CUDA build it wants a module `selective_scan_cuda`, which Mamba2 never calls. Without causal-conv1d its
+    fused path is closed, and flash-linear-attention's Triton convolution stands in where that is installed, torch's
+    where not; in decoding, its own fallback for one step stays.
+    """
+
+    like = "mamba2"
+
+    @staticmethod
+    def layer() -> dict[str, Any]:
+        return {"layer": "Mamba2", "use_mem_eff_path": installed("causal_conv1d")}
+
+
+@PEERS.register("mamba-ssm-mamba")
+class MambaSsmMamba(MambaSsm):
+    """mamba-ssm's Mamba on its CUDA scan, convolution, gate and projections fused into one function."""
+
+    like = "mamba"
+
+    @classmethod
+    def missing(cls, device: torch.device) -> str | None:
+        reason = super().missing(device)
+        if reason is None and not (has_cuda_build() and installed("causal_conv1d")):
+            return f"mamba_ssm's CUDA build or causal_conv1d is not installed ({cls.package[1]})"
+        return reason
+
+    @staticmethod
+    def layer() -> dict[str, Any]:
+        return {"layer": "Mamba1"}
 
 
 def import_mamba_ssm() -> None:
