@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from rodimus_lab.nn.model import IGNORE, LanguageModel, at_positions
+from rodimus_lab.nn.model import IGNORE, LanguageModel
 from rodimus_lab.ops.segments import Segments
 
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -91,8 +91,8 @@ def recall(model: LanguageModel, batches: Iterable[tuple[Tensor, ...]], device: 
     with scoring(model):
         for batch in batches:
             inputs_BT, answers_BP, positions_BP = (tensor.to(device, non_blocking=True) for tensor in batch)
-            x_BTD, _ = model.hidden(inputs_BT)
-            logits_BPV = model.logits(at_positions(x_BTD, positions_BP))
+            x_BPD, _ = model.hidden(inputs_BT, positions_BP=positions_BP)
+            logits_BPV = model.logits(x_BPD)
             counted_BP, right_BP = answers_BP != IGNORE, logits_BPV.argmax(-1) == answers_BP
             asked_B = counted_BP.any(1)
             total[0] += cross_entropy(logits_BPV.transpose(1, 2), answers_BP, ignore_index=IGNORE, reduction="sum")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rodimus_lab.config import Config
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.block import Block, BlockConfig
+from rodimus_lab.nn.embedding import Embedding
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer
 from rodimus_lab.nn.norm import Norm, is_plain
 from rodimus_lab.ops.cross_entropy import cross_entropy
@@ -90,7 +91,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LanguageModelConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = Embedding(config.vocab_size, config.d_model)
         self.positions = nn.Embedding(config.max_positions, config.d_model) if config.max_positions else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(block, config.d_model, config.dropout) for block in config.blocks])
@@ -155,9 +156,15 @@ class LanguageModel(nn.Module):
         )
 
     def hidden(
-        self, ids_BT: Tensor, state: ModelState | None = None, segments: Segments | None = None
+        self,
+        ids_BT: Tensor,
+        state: ModelState | None = None,
+        segments: Segments | None = None,
+        *,
+        positions_BP: Tensor | None = None,
     ) -> tuple[Tensor, ModelState | None]:
-        """Token ids to final normalised activations x_BTD, and the new state where one came in."""
+        """Token ids to final normalised activations x_BTD, with `positions_BP` (int64) only those of these places,
+        x_BPD; and the new state where one came in."""
         if sequence_shard() is not None:
             refuse_state("a model", state, segments)
         x_BTD = self.embedding(ids_BT)
@@ -175,6 +182,8 @@ class LanguageModel(nn.Module):
             x_BTD, block_state = block(x_BTD, None if state is None else state.blocks[index], segments)
             states.append(block_state)
         new_state = None if state is None else ModelState(length_B, tuple(states))
+        if positions_BP is not None:
+            x_BTD = x_BTD.gather(1, positions_BP.unsqueeze(-1).expand(-1, -1, x_BTD.shape[-1]))
         return self.final_norm(x_BTD), new_state
 
     def forward(
@@ -221,12 +230,10 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Cross entropy in nats of `targets_BT` (-100: not counted); the logits are never all in memory.
 
-        `reduction="none"` gives loss_BT, 0 where not counted. With `positions_BP` only these places reach the head, and
-        the targets and the loss are theirs, BP instead of BT.
+        `reduction="none"` gives loss_BT, 0 where not counted. With `positions_BP` only these places reach the final
+        norm and the head, and the targets and the loss are theirs, BP instead of BT.
         """
-        x_BTD, _ = self.hidden(ids_BT, segments=segments)
-        if positions_BP is not None:
-            x_BTD = at_positions(x_BTD, positions_BP)
+        x_BTD, _ = self.hidden(ids_BT, segments=segments, positions_BP=positions_BP)
         return self.loss_of_hidden(x_BTD, targets_BT, reduction=reduction)
 
     def loss_of_hidden(
@@ -242,8 +249,3 @@ class LanguageModel(nn.Module):
         return cross_entropy(
             x_BTD, self.head_weight_VD, targets_BT, bias_V=self.head_bias, ignore_index=IGNORE, reduction=reduction
         )
-
-
-def at_positions(x_BTD: Tensor, positions_BP: Tensor) -> Tensor:
-    """x_BPD: of each row the places in `positions_BP` (int64)."""
-    return x_BTD.gather(1, positions_BP.unsqueeze(-1).expand(-1, -1, x_BTD.shape[-1]))

@@ -294,6 +294,7 @@ class Stack:
 
 def captured(step: Any) -> torch.cuda.CUDAGraph:
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())  # On which the states were made, and copied.
     with torch.cuda.stream(side):
         step()
     torch.cuda.synchronize()
