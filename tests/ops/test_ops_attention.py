@@ -266,7 +266,10 @@ def test_a_backend_that_cannot_run_says_why(backend: str, reason: str) -> None:
     ("change", "chosen"),
     [
         ({}, "flex"),
-        ({"window": 2048}, "sdpa"),
+        ({"window": 2048}, "flex"),
+        ({"window": 3072}, "sdpa"),
+        ({"length": 2048}, "sdpa"),
+        ({"length": 2048, "window": 512}, "flex"),
         ({"window": None}, "sdpa"),
         ({"length": 4100}, "sdpa"),
         ({"grad": False}, "sdpa"),
