@@ -223,20 +223,24 @@ class RodimusLabLM(TemplateLM):
 
     def _continue(self, prompts: list[list[int]], how: Generation) -> list[str]:
         """The continuations of prompts of one length."""
-        key = (len(prompts), how.sampling)
-        if self._decoder is None or self._decoder[0] != key:  # Making one captures a CUDA graph.
+        # On CUDA making a decoder captures a graph, so all batches have one of the full number of rows.
+        rows = self.batch_size if self.device.type == "cuda" else len(prompts)
+        key = (rows, how.sampling)
+        if self._decoder is None or self._decoder[0] != key:
             stop = (self.eot_token_id,)
-            self._decoder = key, Decoder(self.model, len(prompts), self.max_length, how.sampling, stop=stop)
+            self._decoder = key, Decoder(self.model, rows, self.max_length, how.sampling, stop=stop)
         decoder = self._decoder[1]
-        decoder.prefill(prompts)
+        decoder.prefill(prompts + prompts[:1] * (rows - len(prompts)))
         drawn: list[list[int]] = [[] for _ in prompts]
         growing = [True] * len(prompts)
+        # A token is a byte or more: a stop that has just come is within so many tokens.
+        reach = max((len(stop.encode()) for stop in how.until), default=0)
         for token_B in decoder.tokens(how.max_new_tokens):
-            for row, token in enumerate(token_B):
+            for row, token in enumerate(token_B[: len(prompts)]):
                 if growing[row] and token != self.eot_token_id:
                     drawn[row].append(token)
-                    text = self.tok_decode(drawn[row])
-                    growing[row] = not any(stop in text for stop in how.until)
+                    end = self.tok_decode(drawn[row][-reach:]) if reach else ""
+                    growing[row] = not any(stop in end for stop in how.until)
                 else:
                     growing[row] = False
             if not any(growing):
