@@ -13,7 +13,10 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 
+from rodimus_lab.site.pages import breadth
+
 OUTSIDE = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+TABLE_HEAD = re.compile(r"<table>.*?</tr>", re.DOTALL)
 PICTURE = re.compile(r"docs/([A-Za-z0-9_-]+\.(?:svg|png))")
 RESULT = re.compile(r"results/(?:tables|figures)/([^/]+)\.(?:md|tex|csv|svg|png|pdf)")
 
@@ -48,12 +51,16 @@ def _document(path: Path, root: Path, addresses: Mapping[str, str], artefacts: M
         if token.children:
             token.children = _relinked(token.children, source, addresses, artefacts)
     body = markdown.renderer.render(tokens, markdown.options, {})
-    body = body.replace("<table>", '<div class="wide" tabindex="0" role="region" aria-label="table"><table>')
-    body = body.replace("</table>", "</table></div>").replace("<pre>", '<pre tabindex="0">')
+    body = TABLE_HEAD.sub(_boxed, body).replace("</table>", "</table></div>").replace("<pre>", '<pre tabindex="0">')
     images = [piece for token in tokens for piece in token.children or () if piece.type == "image"]
     shown = [PICTURE.fullmatch(f"docs/{image.attrs['src']}") for image in images]
     pictures = [found[1] for found in shown if found and (root / "docs" / found[1]).is_file()]
     return Document(heads[0] if heads else path.stem, addresses[source], Markup(body), " ".join(heads), pictures)
+
+
+def _boxed(head: re.Match[str]) -> str:
+    classes = f"wide{breadth(head[0].count('<th'))}"
+    return f'<div class="{classes}" tabindex="0" role="region" aria-label="table">{head[0]}'
 
 
 def _identify(token: Token, tokens: list[Token]) -> None:

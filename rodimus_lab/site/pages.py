@@ -11,7 +11,10 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from rodimus_lab.site.values import bytes_text, shortened
+
 HERE = Path(__file__).resolve().parent
+BROAD, DENSE = 8, 15
 
 
 class Entry(NamedTuple):
@@ -37,7 +40,9 @@ class Pages:
             lstrip_blocks=True,
         )
         self.templates.filters["grouped"] = lambda number: f"{number:,}"
+        self.templates.filters["breadth"] = breadth
         self.templates.filters["bytes"] = bytes_text
+        self.templates.filters["shortened"] = shortened
         self.templates.filters["slim"] = lambda number: f"{number:g}"
 
     def write(self, template: str, address: str, values: Mapping[str, Any], entry: Entry | None = None) -> None:
@@ -67,14 +72,12 @@ class Pages:
         )
 
 
+def breadth(columns: int) -> str:
+    """The style's classes for a table of so many columns: a broad one is printed on the paper's long side, a dense one
+    in small type under upright heads."""
+    return " broad" * (columns > BROAD) + " dense" * (columns > DENSE)
+
+
 def _words(text: str) -> str:
     """Each word once, in lower case."""
     return " ".join(dict.fromkeys(re.findall(r"[a-z0-9+._-]+", text.lower())))
-
-
-def bytes_text(number: int) -> str:
-    """10^6 bytes as 1.00 MB."""
-    for unit, worth in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= worth:
-            return f"{number / worth:.3g} {unit}"
-    return f"{number} B"

@@ -23,6 +23,7 @@ from rodimus_lab.records import NAME, SAMPLES, Record, RunDir
 from rodimus_lab.report import Cell, Table, overlaps
 from rodimus_lab.report.artefacts import Artefact
 from rodimus_lab.site.charts import Chart, Diagram, charts_of, diagrams_of
+from rodimus_lab.site.values import setting, told
 
 CONTEXTS = (2048, 16384)
 NUMBERS = 400  # rows of a figure's numbers that its page shows
@@ -39,6 +40,18 @@ class CellView(NamedTuple):
     is_number: bool
 
 
+class Head(NamedTuple):
+    """A column's name, and in parentheses where its numbers are from or their unit."""
+
+    name: str
+    of: str
+
+    @classmethod
+    def parse(cls, text: str) -> Head:
+        found = re.fullmatch(r"(.*\S)\s+(\([^()]*\))", text)
+        return cls(found[1], found[2]) if found else cls(text, "")
+
+
 class Footnote(NamedTuple):
     letter: str
     text: str
@@ -52,7 +65,7 @@ class TableView:
     name: str
     title: str
     caption: str
-    headers: Sequence[str]
+    heads: Sequence[Head]
     numeric: Sequence[bool]
     rows: Sequence[Sequence[CellView]]
     notes: Sequence[str]
@@ -83,8 +96,8 @@ class TableView:
             name,
             table.title,
             table.caption,
-            table.headers,
-            [any(row[index].is_number for row in table.rows) for index in range(len(table.columns))],
+            [Head.parse(text) for text in table.headers],
+            [_is_numeric([row[index] for row in table.rows]) for index in range(len(table.columns))],
             rows,
             table.closing_notes,
             notes,
@@ -99,6 +112,11 @@ def _cell(cell: Cell, mark: str, letter: str) -> CellView:
     value = "" if cell.value is None else repr(float(cell.value)) if cell.is_number else str(cell.value)
     source = "absent" if cell.value is None and cell.source == "measured" else cell.source
     return CellView(cell.text, value, mark, source, letter, cell.is_number)
+
+
+def _is_numeric(cells: Sequence[Cell]) -> bool:
+    """A column of numbers, or one in which each is still missing."""
+    return any(cell.is_number for cell in cells) or all(cell.value is None for cell in cells)
 
 
 def _ids(cell: Cell) -> list[str]:
@@ -194,11 +212,11 @@ class RunView:
         base, differences = base_of(record)
         return cls(
             record,
-            [(name, _said(value)) for name, value in record.metrics.items()],
-            [(path, _said(value)) for path, value in results.flat(record.recipe)],
-            [(path, _said(value)) for path, value in results.flat(record.env)],
+            [(name, told(name, value)) for name, value in record.metrics.items()],
+            [(path, setting(path, value)) for path, value in results.flat(record.recipe)],
+            [(path, told(path, value)) for path, value in results.flat(record.env)],
             base,
-            [(path, _said(there), _said(here)) for path, there, here in differences],
+            [(path, setting(path, there), setting(path, here)) for path, there, here in differences],
             charts_of(lines),
             samples_of(record.path),
             overlaps([record]),
@@ -334,11 +352,3 @@ def report_tables(records: Mapping[str, Sequence[Record]], paper: Any) -> dict[s
         report = REPORTS[name]
         made[name] = report.make([one for group in report.experiments for one in records.get(group, ())], paper)
     return made
-
-
-def _said(value: Any) -> str:
-    if value is None:
-        return "—"
-    if isinstance(value, str):
-        return value
-    return f"{value:,.6g}" if isinstance(value, float) and abs(value) >= 1000 else json.dumps(value)

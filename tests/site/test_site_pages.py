@@ -105,7 +105,8 @@ def test_nothing_of_a_record_is_markup(site: Path, pages: dict[Path, Page]) -> N
 
 def test_a_run_says_what_it_is(site: Path, pages: dict[Path, Page]) -> None:
     text = " ".join(pages[site / "runs" / "wikitext103" / "rodimus-b6357da5.html"].text.split())
-    for words in ("59.483677", "Training loss", "schedule.warmup_steps 2000 120", "No samples were kept", "Table 1"):
+    warmup = "schedule.warmup_steps 2,000 120"
+    for words in ("test_ppl 59.48", "Training loss", warmup, "No samples were kept", "Table 1"):
         assert words in text
     assert "There" in text
     hostile = " ".join(pages[site / HOSTILE_RUN].text.split())

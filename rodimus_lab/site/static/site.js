@@ -112,6 +112,9 @@ function setUpSorting(table) {
     button.type = "button";
     button.append(...head.childNodes);
     head.append(button);
+    // Chromium repeats a head on every printed page, but no button in it.
+    window.addEventListener("beforeprint", () => head.prepend(...button.childNodes));
+    window.addEventListener("afterprint", () => button.append(...[...head.childNodes].filter((one) => one !== button)));
     head.setAttribute("aria-sort", "none");
     button.addEventListener("click", () => {
       const up = head.getAttribute("aria-sort") !== "ascending";
