@@ -16,6 +16,7 @@ from markupsafe import Markup
 from rodimus_lab.site.pages import breadth
 
 OUTSIDE = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+WORDS = ("text", "code_inline", "fence", "code_block")
 TABLE_HEAD = re.compile(r"<table>.*?</tr>", re.DOTALL)
 PICTURE = re.compile(r"docs/([A-Za-z0-9_-]+\.(?:svg|png))")
 RESULT = re.compile(r"results/(?:tables|figures)/([^/]+)\.(?:md|tex|csv|svg|png|pdf)")
@@ -23,13 +24,13 @@ RESULT = re.compile(r"results/(?:tables|figures)/([^/]+)\.(?:md|tex|csv|svg|png|
 
 @dataclass(frozen=True)
 class Document:
-    """A text as HTML that was made of Markdown whose every piece was escaped. `pictures` are the files in docs/ that it
-    shows."""
+    """A text as HTML that was made of Markdown whose every piece was escaped. `plain` is it without any marks,
+    `pictures` are the files in docs/ that it shows."""
 
     title: str
     address: str
     body: Markup
-    words: str
+    plain: str
     pictures: Sequence[str] = ()
 
 
@@ -55,7 +56,12 @@ def _document(path: Path, root: Path, addresses: Mapping[str, str], artefacts: M
     images = [piece for token in tokens for piece in token.children or () if piece.type == "image"]
     shown = [PICTURE.fullmatch(f"docs/{image.attrs['src']}") for image in images]
     pictures = [found[1] for found in shown if found and (root / "docs" / found[1]).is_file()]
-    return Document(heads[0] if heads else path.stem, addresses[source], Markup(body), " ".join(heads), pictures)
+    return Document(heads[0] if heads else path.stem, addresses[source], Markup(body), _plain(tokens), pictures)
+
+
+def _plain(tokens: Sequence[Token]) -> str:
+    pieces = (piece for token in tokens for piece in token.children or [token])
+    return " ".join(piece.content if piece.type in WORDS else "" for piece in pieces)
 
 
 def _boxed(head: re.Match[str]) -> str:

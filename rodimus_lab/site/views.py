@@ -75,6 +75,14 @@ class TableView:
     absent: int
     files: Sequence[str]
 
+    @property
+    def plain(self) -> str:
+        """All of it but the numbers, for the search."""
+        heads = [f"{head.name} {head.of}" for head in self.heads]
+        words = [cell.text for row in self.rows for cell in row if cell.text and not cell.is_number]
+        notes = [note.text for note in self.footnotes]
+        return " ".join([self.title, self.caption, *self.notes, *notes, *heads, *dict.fromkeys(words)])
+
     @classmethod
     def of(cls, name: str, table: Table, places: Mapping[str, str]) -> TableView:
         """`places` are the addresses of runs by their id."""
@@ -168,6 +176,16 @@ class ArtefactView:
         return f"artefacts/{self.name}.html"
 
     @property
+    def kind(self) -> str:
+        return "beyond the paper" if self.sort == "ours" else self.label.partition(" ")[0].lower()
+
+    @property
+    def plain(self) -> str:
+        """Its tables and figures as the search finds them."""
+        figures = [f"{figure.title} {figure.note}" for figure in self.figures]
+        return " ".join([self.status, *figures, *(table.plain for table in self.tables), *sorted(self.run_ids)])
+
+    @property
     def status(self) -> str:
         """In a word or two, whether ours stands beside the paper's."""
         if self.sort in ("settings", "drawing"):
@@ -226,6 +244,16 @@ class RunView:
     @property
     def model(self) -> str:
         return results.spelled(self.record.label)
+
+    @property
+    def plain(self) -> str:
+        """What it is, what it reached and how it departs from its base, for the search."""
+        record = self.record
+        facts = [self.model, record.label, record.experiment, record.corpus, record.budget_text, record.device]
+        pairs = [f"{name} {value}" for name, value in self.metrics]
+        changes = [f"{path} {here}" for path, _, here in self.differences]
+        texts = [f"{sample['prompt']} {sample['text']}" for sample in self.samples]
+        return " ".join([*facts, record.finished[:10], *pairs, *changes, *self.warnings, *texts])
 
     @property
     def address(self) -> str:
@@ -301,6 +329,14 @@ class ModelView:
     @property
     def address(self) -> str:
         return f"models/{self.slug}.html"
+
+    @property
+    def plain(self) -> str:
+        """What it is called, is made of and was run as, for the search."""
+        table4 = [f"{head} {text}" for head, text in self.table4]
+        parts = [part for part, _ in self.parts]
+        told = [diagram.told for diagram in self.diagrams]
+        return " ".join([self.summary, *self.aliases, *told, *table4, *parts, *(record.id for record in self.runs)])
 
 
 def model_view(name: str, table4: Table | None, records: Sequence[Record]) -> ModelView:

@@ -154,12 +154,56 @@ def test_search_by_keyboard(page: Any, site: Path) -> None:
     page.goto((site / "models" / "griffin.html").as_uri())
     page.keyboard.press("/")
     page.keyboard.type("table 20")
-    assert page.locator("#found-count").text_content() != "0 pages found"
+    assert page.locator("#found a").first.inner_text().startswith("Table 20.")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     page.wait_for_url("**/artefacts/table20.html")
     page.get_by_role("searchbox").fill("window.broken")
     assert page.evaluate("window.broken") is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "first"),
+    [
+        ("table 2", "Table 2. Downstream tasks, zero-shot table"),  # not Table 20
+        ("TABLE 22", "Table 22. "),
+        ("rodimus", "Model rodimus model"),  # before its runs
+        ("rodimus+", "Model rodimus+ model"),
+        ("b6357da5", "Run rodimus-b6357da5 run"),
+        ("notation", "Table 3. Notation table"),
+        ("unbiased estimator", "Table 21. "),  # in a note
+        ("2.5e-4 resumed", ""),  # in no page together
+        ("two-hop residual", "Table 17. The two-hop residual"),
+        ("xiao sinks", "Model streaming_llm"),  # in what a model is
+        ("checksums", "rodimus-lab docs"),  # in the text of the README
+        ("warmup_steps 120", "Run "),  # what a run changed
+    ],
+)
+def test_search_finds_titles_before_texts(page: Any, site: Path, typed: str, first: str) -> None:
+    page.goto((site / "index.html").as_uri())
+    page.get_by_role("searchbox").fill(typed)
+    if not first:
+        assert page.get_by_text("no pages found").is_visible()
+        assert not page.locator("#found").is_visible()
+        return
+    assert page.locator("#found a").first.inner_text().startswith(first)
+
+
+def test_the_list_of_pages_found_closes_and_opens(page: Any, site: Path) -> None:
+    page.goto((site / "index.html").as_uri())
+    box, found = page.get_by_role("searchbox"), page.get_by_role("list", name="Pages found")
+    box.fill("perplexity")
+    assert page.locator("#found-count").text_content().endswith("pages found, the first 12 are shown")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    assert page.locator("#found a").nth(1).evaluate("(one) => one === document.activeElement")
+    page.keyboard.press("Escape")
+    assert not found.is_visible()
+    assert box.evaluate("(one) => one === document.activeElement")
+    page.keyboard.press("ArrowDown")
+    assert found.is_visible()
+    page.get_by_role("button", name="Dark").focus()
+    assert not found.is_visible()
 
 
 def test_runs_are_filtered(page: Any, site: Path) -> None:
