@@ -60,8 +60,12 @@ def _document(path: Path, root: Path, addresses: Mapping[str, str], artefacts: M
 
 
 def _plain(tokens: Sequence[Token]) -> str:
-    pieces = (piece for token in tokens for piece in token.children or [token])
-    return " ".join(piece.content if piece.type in WORDS else "" for piece in pieces)
+    parts = ("".join(map(_said, token.children or [token])) for token in tokens)
+    return " ".join(filter(None, parts))
+
+
+def _said(token: Token) -> str:
+    return token.content if token.type in WORDS else " " if token.type == "softbreak" else ""
 
 
 def _boxed(head: re.Match[str]) -> str:

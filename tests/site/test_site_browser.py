@@ -206,6 +206,20 @@ def test_the_list_of_pages_found_closes_and_opens(page: Any, site: Path) -> None
     assert not found.is_visible()
 
 
+def test_pages_found_lie_over_tables_on_a_phone(page: Any, site: Path) -> None:
+    page.set_viewport_size({"width": 375, "height": 800})
+    page.goto((site / "artefacts" / "table2.html").as_uri())
+    page.get_by_role("searchbox").fill("perplexity")
+    links = page.locator("#found a").all()
+    over = (
+        "(one) => { const box = one.getBoundingClientRect(); return document.elementFromPoint(box.x + 9, box.y + 9) }"
+    )
+    inside = [link.evaluate(f"(one) => one.contains(({over})(one))") for link in links[:5]]
+    assert inside == [True] * 5
+    boxes = [page.locator(name).first.bounding_box() for name in ("#found", "thead")]
+    assert boxes[0]["y"] + boxes[0]["height"] > boxes[1]["y"], "they do overlap"
+
+
 def test_runs_are_filtered(page: Any, site: Path) -> None:
     page.goto((site / "runs" / "index.html").as_uri())
     page.get_by_label("Only runs with").fill("rodimus+ enwiki")
