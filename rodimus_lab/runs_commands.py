@@ -143,7 +143,7 @@ def export(
             raise UserError("parquet needs pyarrow; install it with: pip install -e '.[data]'")
         else:
             write_atomic(to, table.convert_dtypes().map(_storable).to_parquet(index=False))
-    console.print(f"written: {shown(to, PROJECT_ROOT)} ({len(records)} runs)")
+    console.print(f"written: {shown(to, PROJECT_ROOT)} ({len(records)} run{'s' * (len(records) != 1)})")
 
 
 @app.command()
@@ -200,6 +200,7 @@ def _confirmed(question: str) -> bool:
     except typer.Abort:
         if sys.stdin.isatty():
             raise
+        console.print()
         raise UserError("nothing was deleted, for nobody is there to be asked; add --yes") from None
 
 
