@@ -10,9 +10,9 @@ import typer
 
 from rodimus_lab.experiment import REPORTS
 from rodimus_lab.records import PROJECT_ROOT, load_records, tables_root
-from rodimus_lab.report import PaperResults, quoted_tables, to_markdown, write, write_figures
+from rodimus_lab.report import PaperResults, Table, quoted_tables, terminal_tables, to_markdown, write, write_figures
 from rodimus_lab.site import build_site, site_root
-from rodimus_lab.terminal import console, shown
+from rodimus_lab.terminal import console, print_table, shown
 
 
 def report(
@@ -50,8 +50,22 @@ def write_report(name: str, *, show: bool) -> None:
     table = report.make(records, PaperResults())
     paths = write(table, tables_root(), name)
     if show:
-        console.print(to_markdown(table))
+        _show(table)
     _say(paths)
+
+
+def _show(table: Table) -> None:
+    """For a terminal in its width; for a file or a pipe as Markdown."""
+    if not console.is_terminal:
+        console.print(to_markdown(table))
+        return
+    console.print(table.title, style="bold")
+    if table.caption:
+        console.print(table.caption)
+    for part in terminal_tables(table, console.width):
+        print_table(part)
+    for note in (*table.closing_notes, *(f"[{letter}] {text}" for text, letter in table.footnotes.items())):
+        console.print(note)
 
 
 def _say(paths: list[Path]) -> None:

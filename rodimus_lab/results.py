@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rodimus_lab.config import did_you_mean
+from rodimus_lab.config import nearest
 from rodimus_lab.errors import UserError
 from rodimus_lab.records import Record, RunDir, canonical_json, figures_root, load_records, tables_root
 from rodimus_lab.report.curves import draw_curves
@@ -151,15 +151,20 @@ def picture(name: str) -> Any:
 
 
 def find(run: str, records: Sequence[Record]) -> Record:
-    """The one finished run that an id, `experiment/id` or the unambiguous beginning of an id names."""
-    exact = [record for record in records if run in (record.id, f"{record.experiment}/{record.id}")]
-    found = exact or [record for record in records if run and record.id.startswith(run)]
+    """The one finished run that an id, `experiment/id` or the unambiguous beginning of either names."""
+    exact = [record for record in records if run in _names(record)]
+    found = exact or [record for record in records if run and any(name.startswith(run) for name in _names(record))]
     if len(found) == 1:
         return found[0]
     if found:
         some = ", ".join(f"{record.experiment}/{record.id}" for record in found[:4])
         raise UserError(f"{run!r} names {len(found)} runs ({some} ...); give more of the id")
-    raise UserError(f"there is no finished run {run!r}{did_you_mean(run, [record.id for record in records])}")
+    near = nearest(run, [name for record in records for name in _names(record)])
+    raise UserError(f"there is no finished run {run!r}{near or ';'} see rodimus-lab runs")
+
+
+def _names(record: Record) -> tuple[str, str]:
+    return record.id, f"{record.experiment}/{record.id}"
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,7 @@ class Condition:
 
     def holds(self, values: dict[str, Any]) -> bool:
         """Whether a run meets it; one that has no such column does not, but for `!=`. Raises `UserError` where the run
-        has a number and the value is none."""
+        has a number or a yes or no, and the value is none."""
         found = column(values, self.key)
         if found is None:
             return self.sign == "!="
@@ -190,11 +195,12 @@ class Condition:
         elif isinstance(found, bool):
             found = str(found).lower()
             wanted = wanted.lower()
+            if wanted not in ("true", "false"):
+                raise UserError(f"{self.key} is true or false, and {self.value!r} is neither")
         elif isinstance(found, int | float):
-            try:
-                wanted = float(wanted)
-            except ValueError:
-                raise UserError(f"{self.key} is a number, and {self.value!r} is none") from None
+            wanted = _number(wanted)
+            if wanted is None:
+                raise UserError(f"{self.key} is a number, and {self.value!r} is none")
         else:
             found = str(found)
         return OPERATORS[self.sign](found, wanted)
@@ -216,20 +222,29 @@ def select(records: Sequence[Record], where: Iterable[str] = (), sort: str | Non
     such value last. Raises `UserError` for a column that no run has."""
     conditions = [Condition.parse(text) for text in where]
     rows = [(record, row(record, recipes=True)) for record in records]
-    order = (sort or "").removeprefix("-")
-    for key in [*(condition.key for condition in conditions), *([order] if order else [])]:
-        known = {path for _, values in rows for path in values}
-        if rows and key not in known and not any(path.endswith(f".{key}") for path in known):
-            names = {path.rpartition(".")[2] for path in known}
-            raise UserError(f"no run has a {key!r}{did_you_mean(key, [name for name in names if not name.isdigit()])}")
+    order = None if sort is None else sort.removeprefix("-")
+    check_columns(
+        [values for _, values in rows], [*(one.key for one in conditions), *([] if order is None else [order])]
+    )
     kept = [(record, values) for record, values in rows if all(one.holds(values) for one in conditions)]
-    if order:
+    if order is not None:
         given = [(record, column(values, order)) for record, values in kept]
         there = [pair for pair in given if pair[1] is not None]
         numbers = all(isinstance(value, int | float) for _, value in there)
         there.sort(key=lambda pair: pair[1] if numbers else str(pair[1]), reverse=(sort or "").startswith("-"))
         return [record for record, _ in there] + [record for record, value in given if value is None]
     return [record for record, _ in kept]
+
+
+def check_columns(rows: Sequence[dict[str, Any]], keys: Iterable[str]) -> None:
+    """Raise `UserError` for the first key that is neither a column of any of the rows nor the end of one."""
+    known = {path for values in rows for path in values}
+    for key in keys:
+        if rows and key not in known and not any(path.endswith(f".{key}") for path in known):
+            near = nearest(key, [*known, *(path.rpartition(".")[2] for path in known)])
+            raise UserError(
+                f"no run has a {key!r}{near or ';'} rodimus-lab runs export FILE.csv writes all that there is"
+            )
 
 
 @dataclass(frozen=True)
@@ -285,6 +300,14 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for name, item in value.items() if isinstance(value, dict) else enumerate(value):
         yield from flat(item, f"{path}.{name}" if path else str(name))
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return None if math.isnan(value) else value
 
 
 def _is_number(value: Any) -> bool:

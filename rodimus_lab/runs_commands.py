@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -72,11 +73,14 @@ def runs(
         if where or corpus or experiment or sort or column or as_json:
             raise UserError(f"the options go after {context.invoked_subcommand}; see rodimus-lab runs --help")
         return
-    filtered = bool(where or corpus or sort)
-    records = _chosen(where, corpus, experiment, sort)
+    filtered = bool(where) or corpus is not None or sort is not None
+    records = _chosen(where, corpus, experiment, sort, column or ())
     unfinished: Sequence[UnfinishedRun] = () if filtered else load_unfinished(experiment=experiment)
     if as_json:
-        print(json.dumps(runs_json(records, unfinished), indent=1))
+        found = runs_json(records, unfinished)
+        for one, record in zip(found, records, strict=False):  # The unfinished ones come after.
+            one |= {key: results.column(results.row(record, recipes=True), key) for key in column or ()}
+        print(json.dumps(found, indent=1))
         return
     keys = [*(results.Condition.parse(text).key for text in where or ()), *([sort.removeprefix("-")] if sort else [])]
     extra = list(dict.fromkeys([*(column or ()), *(key for key in keys if key not in SHOWN)]))
@@ -132,15 +136,14 @@ def export(
     elif to.suffix not in (".csv", ".parquet"):
         raise UserError(f"{to} ends in neither .csv nor .parquet; give such a name, or a folder with --wandb")
     else:
-        to.parent.mkdir(parents=True, exist_ok=True)
         table = results.frame(records, recipes=True)
         if to.suffix == ".csv":
-            table.to_csv(to, index=False, lineterminator="\n")
+            write_atomic(to, table.to_csv(index=False, lineterminator="\n"))
         elif find_spec("pyarrow") is None:
             raise UserError("parquet needs pyarrow; install it with: pip install -e '.[data]'")
         else:
-            table.convert_dtypes().map(_storable).to_parquet(to, index=False)
-    console.print(f"written: {shown(to, PROJECT_ROOT)} ({len(records)} runs)")
+            write_atomic(to, table.convert_dtypes().map(_storable).to_parquet(index=False))
+    console.print(f"written: {shown(to, PROJECT_ROOT)} ({len(records)} run{'s' * (len(records) != 1)})")
 
 
 @app.command()
@@ -179,7 +182,7 @@ def prune(
         return
     for run in chosen:
         console.print(f"{'finished' if run.finished else 'unfinished'}: {run.experiment}/{run.id}")
-    if not yes and not typer.confirm(f"Delete {len(chosen)} of the runs under {shown(root, PROJECT_ROOT)}?"):
+    if not yes and not _confirmed(f"Delete {len(chosen)} of the runs under {shown(root, PROJECT_ROOT)}?"):
         console.print("nothing was deleted")
         return
     with ExitStack() as held:
@@ -191,21 +194,39 @@ def prune(
     console.print(f"deleted: {len(chosen)}")
 
 
+def _confirmed(question: str) -> bool:
+    try:
+        return typer.confirm(question)
+    except typer.Abort:
+        if sys.stdin.isatty():
+            raise
+        console.print()
+        raise UserError("nothing was deleted, for nobody is there to be asked; add --yes") from None
+
+
 def _warn(sentences: Sequence[str]) -> None:
     for sentence in sentences:
         console.print(sentence)
 
 
-def _chosen(where: list[str] | None, corpus: str | None, experiment: str | None, sort: str | None) -> list[Record]:
-    """Raises `UserError` for a corpus or an experiment of which there is no run."""
+def _chosen(
+    where: list[str] | None,
+    corpus: str | None,
+    experiment: str | None,
+    sort: str | None,
+    columns: Sequence[str] = (),
+) -> list[Record]:
+    """Raises `UserError` for a corpus or an experiment of which there is no run, and for a column that no run has."""
     records = load_records(experiment=experiment)
     if experiment and experiment not in EXPERIMENTS and not records and not load_unfinished(experiment=experiment):
         there = {record.experiment for record in load_records()} | {run.experiment for run in load_unfinished()}
         raise UserError(f"there is no run of an experiment named {experiment!r}{did_you_mean(experiment, there)}")
+    if columns:
+        results.check_columns([results.row(record, recipes=True) for record in records], columns)
     known = {record.corpus for record in records}
-    if corpus and records and corpus not in known:
+    if corpus is not None and records and corpus not in known:
         raise UserError(f"there is no finished run on a corpus named {corpus!r}{did_you_mean(corpus, known)}")
-    return results.select(records, [*(where or ()), *([f"corpus={corpus}"] if corpus else [])], sort)
+    return results.select(records, [*(where or ()), *([f"corpus={corpus}"] if corpus is not None else [])], sort)
 
 
 def _columns(records: Sequence[Record], keys: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -295,7 +316,7 @@ def _plain(value: Any) -> str:
 def _number(value: Any) -> str:
     if value is None or math.isnan(value):
         return "—"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.6g}"
 
 
 def _storable(value: Any) -> Any:

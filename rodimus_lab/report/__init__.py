@@ -15,6 +15,7 @@ from rodimus_lab.report.figure import (
     write_figure,
     write_figures,
 )
+from rodimus_lab.report.on_terminal import terminal_tables
 from rodimus_lab.report.order import with_order
 from rodimus_lab.report.overlap import overlaps
 from rodimus_lab.report.paper import PaperResults, PaperRow, Printed, paper_table
@@ -46,6 +47,7 @@ __all__ = [
     "runs_json",
     "runs_table",
     "tell_points",
+    "terminal_tables",
     "to_csv",
     "to_latex",
     "to_markdown",

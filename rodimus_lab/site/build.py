@@ -159,27 +159,24 @@ def _write(
     )
     for index, view in enumerate(artefacts):
         neighbours = {"before": artefacts[index - 1] if index else None, "after": _at(artefacts, index + 1)}
-        words = " ".join([*(table.caption for table in view.tables), *view.run_ids, *(f.note for f in view.figures)])
-        entry = Entry(f"{view.label}. {view.title}", "artefact", view.address, words)
+        entry = Entry(f"{view.label}. {view.title}", view.kind, view.address, view.plain)
         pages.write("artefact.html", view.address, {"title": entry.title, "view": view, **neighbours}, entry)
     pages.write(
         "runs.html", "runs/index.html", {"title": "Runs", "runs": runs}, Entry("Runs", "page", "runs/index.html")
     )
     for run in runs:
         cited = [view for view in artefacts if run.record.id in view.run_ids]
-        record = run.record
-        words = f"{record.label} {record.experiment} {record.corpus} {record.budget['name']} {record.device}"
-        entry = Entry(f"Run {record.id}", "run", run.address, words)
+        entry = Entry(f"Run {run.record.id}", "run", run.address, run.plain)
         values = {"title": entry.title, "run": run, "cited": cited, "known": known}
         pages.write("run.html", run.address, values, entry)
     values = {"title": "Models", "models": models}
     pages.write("models.html", "models/index.html", values, Entry("Models", "page", "models/index.html"))
     for model in models:
-        entry = Entry(f"Model {model.name}", "model", model.address, f"{model.summary} {' '.join(model.aliases)}")
+        entry = Entry(f"Model {model.name}", "model", model.address, model.plain)
         values = {"title": entry.title, "model": model, "contexts": CONTEXTS, "places": _places(model)}
         pages.write("model.html", model.address, values, entry)
     for text in texts:
-        entry = Entry(text.title, "text", text.address, text.words)
+        entry = Entry(text.title, "docs", text.address, text.plain)
         pages.write("document.html", text.address, {"title": text.title, "text": text, "all": texts}, entry)
         for picture in text.pictures:
             shutil.copyfile(PROJECT_ROOT / "docs" / picture, pages.folder / "docs" / picture)

@@ -13,20 +13,24 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 
+from rodimus_lab.site.pages import breadth
+
 OUTSIDE = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+WORDS = ("text", "code_inline", "fence", "code_block")
+TABLE_HEAD = re.compile(r"<table>.*?</tr>", re.DOTALL)
 PICTURE = re.compile(r"docs/([A-Za-z0-9_-]+\.(?:svg|png))")
 RESULT = re.compile(r"results/(?:tables|figures)/([^/]+)\.(?:md|tex|csv|svg|png|pdf)")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text as HTML that was made of Markdown whose every piece was escaped. `pictures` are the files in docs/ that it
-    shows."""
+    """A text as HTML that was made of Markdown whose every piece was escaped. `plain` is it without any marks,
+    `pictures` are the files in docs/ that it shows."""
 
     title: str
     address: str
     body: Markup
-    words: str
+    plain: str
     pictures: Sequence[str] = ()
 
 
@@ -48,12 +52,25 @@ def _document(path: Path, root: Path, addresses: Mapping[str, str], artefacts: M
         if token.children:
             token.children = _relinked(token.children, source, addresses, artefacts)
     body = markdown.renderer.render(tokens, markdown.options, {})
-    body = body.replace("<table>", '<div class="wide" tabindex="0" role="region" aria-label="table"><table>')
-    body = body.replace("</table>", "</table></div>").replace("<pre>", '<pre tabindex="0">')
+    body = TABLE_HEAD.sub(_boxed, body).replace("</table>", "</table></div>").replace("<pre>", '<pre tabindex="0">')
     images = [piece for token in tokens for piece in token.children or () if piece.type == "image"]
     shown = [PICTURE.fullmatch(f"docs/{image.attrs['src']}") for image in images]
     pictures = [found[1] for found in shown if found and (root / "docs" / found[1]).is_file()]
-    return Document(heads[0] if heads else path.stem, addresses[source], Markup(body), " ".join(heads), pictures)
+    return Document(heads[0] if heads else path.stem, addresses[source], Markup(body), _plain(tokens), pictures)
+
+
+def _plain(tokens: Sequence[Token]) -> str:
+    parts = ("".join(map(_said, token.children or [token])) for token in tokens)
+    return " ".join(filter(None, parts))
+
+
+def _said(token: Token) -> str:
+    return token.content if token.type in WORDS else " " if token.type == "softbreak" else ""
+
+
+def _boxed(head: re.Match[str]) -> str:
+    classes = f"wide{breadth(head[0].count('<th'))}"
+    return f'<div class="{classes}" tabindex="0" role="region" aria-label="table">{head[0]}'
 
 
 def _identify(token: Token, tokens: list[Token]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,16 +10,19 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from rodimus_lab.site.values import bytes_text, shortened
+
 HERE = Path(__file__).resolve().parent
+BROAD, DENSE = 8, 15
 
 
 class Entry(NamedTuple):
-    """A page as the search finds it: `words` is what it is found by, beside its title."""
+    """A page as the search finds it: by its title, and after those by its text."""
 
     title: str
     kind: str
     address: str
-    words: str = ""
+    text: str = ""
 
 
 class Pages:
@@ -37,7 +39,9 @@ class Pages:
             lstrip_blocks=True,
         )
         self.templates.filters["grouped"] = lambda number: f"{number:,}"
+        self.templates.filters["breadth"] = breadth
         self.templates.filters["bytes"] = bytes_text
+        self.templates.filters["shortened"] = shortened
         self.templates.filters["slim"] = lambda number: f"{number:g}"
 
     def write(self, template: str, address: str, values: Mapping[str, Any], entry: Entry | None = None) -> None:
@@ -59,7 +63,8 @@ class Pages:
         for source in sorted((HERE / "static").iterdir()):
             (self.folder / source.name).write_bytes(source.read_bytes())
         entries = [
-            {"t": e.title, "k": e.kind, "u": quote(e.address, safe="/#"), "w": _words(e.words)} for e in self.entries
+            {"title": e.title, "kind": e.kind, "address": quote(e.address, safe="/#"), "text": " ".join(e.text.split())}
+            for e in self.entries
         ]
         text = json.dumps(entries, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
         (self.folder / "search-index.js").write_text(
@@ -67,14 +72,7 @@ class Pages:
         )
 
 
-def _words(text: str) -> str:
-    """Each word once, in lower case."""
-    return " ".join(dict.fromkeys(re.findall(r"[a-z0-9+._-]+", text.lower())))
-
-
-def bytes_text(number: int) -> str:
-    """10^6 bytes as 1.00 MB."""
-    for unit, worth in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= worth:
-            return f"{number / worth:.3g} {unit}"
-    return f"{number} B"
+def breadth(columns: int) -> str:
+    """The style's classes for a table of so many columns: a broad one is printed on the paper's long side, a dense one
+    in small type under upright heads."""
+    return " broad" * (columns > BROAD) + " dense" * (columns > DENSE)

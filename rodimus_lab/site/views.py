@@ -23,6 +23,7 @@ from rodimus_lab.records import NAME, SAMPLES, Record, RunDir
 from rodimus_lab.report import Cell, Table, overlaps
 from rodimus_lab.report.artefacts import Artefact
 from rodimus_lab.site.charts import Chart, Diagram, charts_of, diagrams_of
+from rodimus_lab.site.values import setting, told
 
 CONTEXTS = (2048, 16384)
 NUMBERS = 400  # rows of a figure's numbers that its page shows
@@ -39,6 +40,18 @@ class CellView(NamedTuple):
     is_number: bool
 
 
+class Head(NamedTuple):
+    """A column's name, and in parentheses where its numbers are from or their unit."""
+
+    name: str
+    of: str
+
+    @classmethod
+    def parse(cls, text: str) -> Head:
+        found = re.fullmatch(r"(.*\S)\s+(\([^()]*\))", text)
+        return cls(found[1], found[2]) if found else cls(text, "")
+
+
 class Footnote(NamedTuple):
     letter: str
     text: str
@@ -52,7 +65,7 @@ class TableView:
     name: str
     title: str
     caption: str
-    headers: Sequence[str]
+    heads: Sequence[Head]
     numeric: Sequence[bool]
     rows: Sequence[Sequence[CellView]]
     notes: Sequence[str]
@@ -61,6 +74,14 @@ class TableView:
     measured: int
     absent: int
     files: Sequence[str]
+
+    @property
+    def plain(self) -> str:
+        """All of it but the numbers, for the search."""
+        heads = [f"{head.name} {head.of}" for head in self.heads]
+        words = [cell.text for row in self.rows for cell in row if cell.text and not cell.is_number]
+        notes = [note.text for note in self.footnotes]
+        return " ".join([self.title, self.caption, *self.notes, *notes, *heads, *dict.fromkeys(words)])
 
     @classmethod
     def of(cls, name: str, table: Table, places: Mapping[str, str]) -> TableView:
@@ -83,8 +104,8 @@ class TableView:
             name,
             table.title,
             table.caption,
-            table.headers,
-            [any(row[index].is_number for row in table.rows) for index in range(len(table.columns))],
+            [Head.parse(text) for text in table.headers],
+            [_is_numeric([row[index] for row in table.rows]) for index in range(len(table.columns))],
             rows,
             table.closing_notes,
             notes,
@@ -99,6 +120,11 @@ def _cell(cell: Cell, mark: str, letter: str) -> CellView:
     value = "" if cell.value is None else repr(float(cell.value)) if cell.is_number else str(cell.value)
     source = "absent" if cell.value is None and cell.source == "measured" else cell.source
     return CellView(cell.text, value, mark, source, letter, cell.is_number)
+
+
+def _is_numeric(cells: Sequence[Cell]) -> bool:
+    """A column of numbers, or one in which each is still missing."""
+    return any(cell.is_number for cell in cells) or all(cell.value is None for cell in cells)
 
 
 def _ids(cell: Cell) -> list[str]:
@@ -150,6 +176,16 @@ class ArtefactView:
         return f"artefacts/{self.name}.html"
 
     @property
+    def kind(self) -> str:
+        return "beyond the paper" if self.sort == "ours" else self.label.partition(" ")[0].lower()
+
+    @property
+    def plain(self) -> str:
+        """Its tables and figures as the search finds them."""
+        figures = [f"{figure.title} {figure.note}" for figure in self.figures]
+        return " ".join([self.status, *figures, *(table.plain for table in self.tables), *sorted(self.run_ids)])
+
+    @property
     def status(self) -> str:
         """In a word or two, whether ours stands beside the paper's."""
         if self.sort in ("settings", "drawing"):
@@ -194,11 +230,11 @@ class RunView:
         base, differences = base_of(record)
         return cls(
             record,
-            [(name, _said(value)) for name, value in record.metrics.items()],
-            [(path, _said(value)) for path, value in results.flat(record.recipe)],
-            [(path, _said(value)) for path, value in results.flat(record.env)],
+            [(name, told(name, value)) for name, value in record.metrics.items()],
+            [(path, setting(path, value)) for path, value in results.flat(record.recipe)],
+            [(path, told(path, value)) for path, value in results.flat(record.env)],
             base,
-            [(path, _said(there), _said(here)) for path, there, here in differences],
+            [(path, setting(path, there), setting(path, here)) for path, there, here in differences],
             charts_of(lines),
             samples_of(record.path),
             overlaps([record]),
@@ -208,6 +244,16 @@ class RunView:
     @property
     def model(self) -> str:
         return results.spelled(self.record.label)
+
+    @property
+    def plain(self) -> str:
+        """What it is, what it reached and how it departs from its base, for the search."""
+        record = self.record
+        facts = [self.model, record.label, record.experiment, record.corpus, record.budget_text, record.device]
+        pairs = [f"{name} {value}" for name, value in self.metrics]
+        changes = [f"{path} {here}" for path, _, here in self.differences]
+        texts = [f"{sample['prompt']} {sample['text']}" for sample in self.samples]
+        return " ".join([*facts, record.finished[:10], *pairs, *changes, *self.warnings, *texts])
 
     @property
     def address(self) -> str:
@@ -284,6 +330,14 @@ class ModelView:
     def address(self) -> str:
         return f"models/{self.slug}.html"
 
+    @property
+    def plain(self) -> str:
+        """What it is called, is made of and was run as, for the search."""
+        table4 = [f"{head} {text}" for head, text in self.table4]
+        parts = [part for part, _ in self.parts]
+        told = [diagram.told for diagram in self.diagrams]
+        return " ".join([self.summary, *self.aliases, *told, *table4, *parts, *(record.id for record in self.runs)])
+
 
 def model_view(name: str, table4: Table | None, records: Sequence[Record]) -> ModelView:
     """A registered model: its picture at Table 1's size, and what it costs at every size of the paper."""
@@ -334,11 +388,3 @@ def report_tables(records: Mapping[str, Sequence[Record]], paper: Any) -> dict[s
         report = REPORTS[name]
         made[name] = report.make([one for group in report.experiments for one in records.get(group, ())], paper)
     return made
-
-
-def _said(value: Any) -> str:
-    if value is None:
-        return "—"
-    if isinstance(value, str):
-        return value
-    return f"{value:,.6g}" if isinstance(value, float) and abs(value) >= 1000 else json.dumps(value)

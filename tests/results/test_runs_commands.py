@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import shutil
 from importlib.util import find_spec
@@ -41,6 +43,9 @@ def test_runs_are_filtered_and_sorted(cli, root: Path) -> None:
     ids = [run["id"] for run in json.loads(cli("runs", "--where", "steps=1500", "--sort", "test_ppl", "--json").out)]
     assert ids == [PLUS, RODIMUS, "transformer_pp-9d4b7f8d"]
     assert len(json.loads(cli("runs", "--experiment", "mqar", "--json").out)) == 0
+    asked = json.loads(cli("runs", "--column", "lr", "--column", "repeats", "--json").out)
+    assert [run.get("lr") for run in asked] == [5e-4] * 3 + [None], "the last has no record"
+    assert asked[1]["repeats"] == 6
 
 
 def test_two_runs_are_compared(cli, root: Path) -> None:
@@ -48,6 +53,8 @@ def test_two_runs_are_compared(cli, root: Path) -> None:
     assert "model.repeats" in out
     assert "-2.5254" in out
     assert "noise is known where both recipes were run with several seeds" in out
+    assert "46,681,856" in out, "whole, though it is a mean over seeds"
+    assert cli("runs", "compare", "wikitext103/rodimus-b6", f"wikitext103/{PLUS}").code == 0
     parts = json.loads(cli("runs", "compare", RODIMUS, PLUS, "--json").out)
     assert {"setting": "model.repeats", "first": 12, "second": 6} in parts["recipe"]
 
@@ -80,6 +87,22 @@ def test_runs_are_exported(cli, root: Path, tmp_path: Path) -> None:
     table = pd.read_parquet(tmp_path / "runs.parquet")
     assert len(table) == 3
     assert table["test_ppl"].dtype.kind == "f"
+
+
+def test_a_file_is_exported_whole_or_not_at_all(cli, root: Path, tmp_path: Path, monkeypatch) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    there = tmp_path / "runs.csv"
+    there.write_text("an older export")
+    monkeypatch.setattr("os.fsync", refuse)
+    result = cli("runs", "export", there)
+    assert (result.code, result.err) == (
+        2,
+        f"error: cannot write {there} (no space left on device); free the disk or choose another place\n",
+    )
+    assert there.read_text() == "an older export"
+    assert not list(tmp_path.glob(".runs.csv*"))
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
@@ -125,6 +148,16 @@ def test_prune_takes_unfinished_runs_and_asks(cli, root: Path, monkeypatch) -> N
     assert len(load_records(root)) == 3
 
 
+def test_prune_deletes_nothing_where_nobody_can_be_asked(cli, root: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    result = cli("runs", "prune")
+    assert (result.code, result.err.splitlines()[-1]) == (
+        2,
+        "error: nothing was deleted, for nobody is there to be asked; add --yes",
+    )
+    assert (root / "wikitext103" / "rodimus-cut0ff00").is_dir()
+
+
 def test_finished_runs_stay_unless_told_twice(cli, root: Path) -> None:
     result = cli("runs", "prune", RODIMUS, "--yes")
     assert result.code == 2
@@ -167,11 +200,22 @@ def test_a_run_under_way_is_not_pruned(cli, root: Path, tmp_path: Path) -> None:
     [
         (["--where", "model"], "'model' is no condition"),
         (["--where", "test_ppl<low"], "test_ppl is a number, and 'low' is none"),
-        (["--sort", "beauty"], "no run has a 'beauty'"),
+        (["--where", "test_ppl<nan"], "test_ppl is a number, and 'nan' is none"),
+        (["--where", "dirty=maybe"], "dirty is true or false, and 'maybe' is neither"),
+        (["--sort", "qqqq"], "no run has a 'qqqq'; rodimus-lab runs export FILE.csv writes all that there is"),
+        (["--sort", "test_pl"], "no run has a 'test_pl'; did you mean 'test_ppl'?"),
+        (["--sort=-"], "no run has a ''"),
+        (["--column", "beauty"], "no run has a 'beauty'"),
+        (["--column", "", "--json"], "no run has a ''"),
+        (["--corpus", ""], "no finished run on a corpus named ''"),
         (["--experiment", "wikitext3"], "no run of an experiment named 'wikitext3'; did you mean 'wikitext103'?"),
         (["--corpus", "enwiki"], "no finished run on a corpus named 'enwiki'; did you mean 'enwiki-25k'?"),
         (["export", "--experiment", "wikitext3", "runs.csv"], "no run of an experiment named 'wikitext3'"),
-        (["compare", "rodimus-b", "lstm"], "there is no finished run 'lstm'"),
+        (["compare", "rodimus-b", "lstm"], "there is no finished run 'lstm'; see rodimus-lab runs"),
+        (["compare", "rodimus-b", "rodimus-b6357da6"], "did you mean 'rodimus-b6357da5'? see rodimus-lab runs"),
+        (["compare", "wikitext103/r", "lstm"], "'wikitext103/r' names 2 runs"),
+        (["export", "/proc/runs.csv"], "cannot write /proc/runs.csv (no such file or directory)"),
+        (["export", "/dev/null/runs.parquet"], "cannot write /dev/null/runs.parquet ("),
         (["export", "runs.txt"], "runs.txt ends in neither .csv nor .parquet"),
         (["--where", "model=rodimus", "export", "runs.csv"], "the options go after export"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +45,7 @@ def page(browser: Any) -> Iterator[Any]:
 def test_every_sort_of_page_opens_without_an_error_and_fits_a_phone(page: Any, site: Path) -> None:
     sorts = [
         *(site / name for name in ("index.html", "runs/index.html", "models/index.html", "docs/choices.html")),
-        *sorted((site / "artefacts").glob("*.html"))[:6],
+        *sorted((site / "artefacts").glob("*.html")),
         *sorted((site / "runs" / "wikitext103").glob("*.html")),
         *(site / "models" / f"{name}.html" for name in ("rodimus_plus", "griffin")),
     ]
@@ -53,7 +54,42 @@ def test_every_sort_of_page_opens_without_an_error_and_fits_a_phone(page: Any, s
         page.goto(path.as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= 375, path.name
         assert page.evaluate("window.broken") is None
-        assert page.evaluate("[...document.images].every((one) => !one.complete || !one.src || one.naturalWidth > 0)")
+        drawn = "[...document.images].every((one) => !one.src || (one.complete && one.naturalWidth > 0))"
+        assert page.evaluate(drawn), f"{path.name}: every picture is there when the page is, also for print"
+
+
+def test_a_wide_table_scrolls_in_its_box_beside_its_first_column(page: Any, site: Path) -> None:
+    page.set_viewport_size({"width": 375, "height": 800})
+    page.goto((site / "artefacts" / "table2.html").as_uri())
+    box = page.get_by_role("region", name="Table 2")
+    assert box.evaluate("(one) => one.scrollWidth") > 1000
+    head = box.get_by_role("rowheader").first
+    before = head.bounding_box()
+    box.evaluate("(one) => { one.scrollLeft = 600; }")
+    assert box.evaluate("(one) => one.scrollLeft") == 600
+    assert head.bounding_box() == before
+    assert before["width"] < 375 / 2
+    assert page.evaluate("window.scrollX") == 0
+
+
+@pytest.mark.parametrize("name", ["table2", "table10", "table11", "table22"])
+def test_tables_are_printed_whole(page: Any, site: Path, name: str) -> None:
+    """Broad ones on the long side of the paper: here US letter, less its margins, the shorter of the two usual ones."""
+    page.goto((site / "artefacts" / f"{name}.html").as_uri())
+    shape = re.search(rb"/MediaBox \[0 0 (\d+) (\d+)\]", page.pdf(prefer_css_page_size=True))
+    assert shape is not None
+    assert [int(side) for side in shape.groups()] == [792, 612]
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 965, "height": 700})
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    for table in page.locator(".broad table").all():
+        box = table.bounding_box()
+        assert box["x"] + box["width"] <= 965
+    assert not page.locator("thead button").first.is_visible()
+    assert page.locator("thead th").first.inner_text()
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    page.emulate_media(media="screen")
+    assert page.locator("thead th").first.get_by_role("button").inner_text()
 
 
 def test_names_for_screen_readers(page: Any, site: Path) -> None:
@@ -114,12 +150,70 @@ def test_search_by_keyboard(page: Any, site: Path) -> None:
     page.goto((site / "models" / "griffin.html").as_uri())
     page.keyboard.press("/")
     page.keyboard.type("table 20")
-    assert page.locator("#found-count").text_content() != "0 pages found"
+    assert page.locator("#found a").first.inner_text().startswith("Table 20.")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     page.wait_for_url("**/artefacts/table20.html")
     page.get_by_role("searchbox").fill("window.broken")
     assert page.evaluate("window.broken") is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "first"),
+    [
+        ("table 2", "Table 2. Downstream tasks, zero-shot table"),  # not Table 20
+        ("TABLE 22", "Table 22. "),
+        ("rodimus", "Model rodimus model"),  # before its runs
+        ("rodimus+", "Model rodimus+ model"),
+        ("b6357da5", "Run rodimus-b6357da5 run"),
+        ("notation", "Table 3. Notation table"),
+        ("unbiased estimator", "Table 21. "),  # in a note
+        ("2.5e-4 resumed", ""),  # in no page together
+        ("two-hop residual", "Table 17. The two-hop residual"),
+        ("xiao sinks", "Model streaming_llm"),  # in what a model is
+        ("checksums", "rodimus-lab docs"),  # in the text of the README
+        ("warmup_steps 120", "Run "),  # what a run changed
+    ],
+)
+def test_search_finds_titles_before_texts(page: Any, site: Path, typed: str, first: str) -> None:
+    page.goto((site / "index.html").as_uri())
+    page.get_by_role("searchbox").fill(typed)
+    if not first:
+        assert page.get_by_text("no pages found").is_visible()
+        assert not page.locator("#found").is_visible()
+        return
+    assert page.locator("#found a").first.inner_text().startswith(first)
+
+
+def test_the_list_of_pages_found_closes_and_opens(page: Any, site: Path) -> None:
+    page.goto((site / "index.html").as_uri())
+    box, found = page.get_by_role("searchbox"), page.get_by_role("list", name="Pages found")
+    box.fill("perplexity")
+    assert page.locator("#found-count").text_content().endswith("pages found, the first 12 are shown")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    assert page.locator("#found a").nth(1).evaluate("(one) => one === document.activeElement")
+    page.keyboard.press("Escape")
+    assert not found.is_visible()
+    assert box.evaluate("(one) => one === document.activeElement")
+    page.keyboard.press("ArrowDown")
+    assert found.is_visible()
+    page.get_by_role("button", name="Dark").focus()
+    assert not found.is_visible()
+
+
+def test_pages_found_lie_over_tables_on_a_phone(page: Any, site: Path) -> None:
+    page.set_viewport_size({"width": 375, "height": 800})
+    page.goto((site / "artefacts" / "table2.html").as_uri())
+    page.get_by_role("searchbox").fill("perplexity")
+    links = page.locator("#found a").all()
+    over = (
+        "(one) => { const box = one.getBoundingClientRect(); return document.elementFromPoint(box.x + 9, box.y + 9) }"
+    )
+    inside = [link.evaluate(f"(one) => one.contains(({over})(one))") for link in links[:5]]
+    assert inside == [True] * 5
+    boxes = [page.locator(name).first.bounding_box() for name in ("#found", "thead")]
+    assert boxes[0]["y"] + boxes[0]["height"] > boxes[1]["y"], "they do overlap"
 
 
 def test_runs_are_filtered(page: Any, site: Path) -> None:

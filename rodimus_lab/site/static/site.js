@@ -31,37 +31,72 @@ function setUpTheme() {
   show();
 }
 
-function found(text) {
-  const words = text.toLowerCase().split(/\s+/).filter(Boolean);
-  if (!words.length) return [];
+const SHOWN = 12;  // of the pages found
+const isLetter = (character) => /[\p{L}\p{N}+_-]/u.test(character);
+
+// 3 for a word of the text, 2 for the beginning of one, 1 for letters inside of one.
+function standing(word, text) {
+  let best = 0;
+  for (let at = text.indexOf(word); at >= 0 && best < 3; at = text.indexOf(word, at + 1)) {
+    const begins = !isLetter(text.charAt(at - 1)), ends = !isLetter(text.charAt(at + word.length));
+    best = Math.max(best, begins ? (ends ? 3 : 2) : 1);
+  }
+  return best;
+}
+
+// Pages that have every word: those first that have them in their titles, of these the shorter titles; else the site's order.
+function found(words) {
   const scored = [];
   for (const page of window.rodimusLabPages || []) {
-    const title = page.t.toLowerCase();
-    if (!words.every((word) => title.includes(word) || page.w.includes(word))) continue;
-    scored.push([words.filter((word) => title.includes(word)).length, page]);
+    page.lower ||= [page.title.toLowerCase(), page.text.toLowerCase()];
+    const scores = words.map((word) => 10 * standing(word, page.lower[0]) || standing(word, page.lower[1]));
+    const score = scores.reduce((a, b) => a + b);
+    if (scores.every(Boolean)) scored.push([score + (score >= 10 ? 1 / page.title.length : 0), page]);
   }
-  return scored.sort((a, b) => b[0] - a[0]).slice(0, 12).map((pair) => pair[1]);
+  return scored.sort((a, b) => b[0] - a[0]).map((pair) => pair[1]);
+}
+
+// The words of the page's text around the first that its title has not.
+function excerpt(page, words) {
+  const [title, text] = page.lower;
+  const at = text.indexOf(words.find((word) => !title.includes(word)) ?? "\n");
+  if (at < 0) return "";
+  const from = at < 50 ? 0 : page.text.indexOf(" ", at - 50) + 1;
+  return (from ? "… " : "") + page.text.slice(from, at + 70) + (at + 70 < text.length ? " …" : "");
+}
+
+function linkTo(page, words) {
+  const item = document.createElement("li");
+  const link = document.createElement("a");
+  const kind = document.createElement("span");
+  const around = document.createElement("small");
+  link.href = root.dataset.root + page.address;
+  link.textContent = page.title + " ";
+  kind.textContent = page.kind;
+  around.textContent = excerpt(page, words);
+  link.append(kind, around);
+  item.append(link);
+  return item;
 }
 
 function setUpSearch() {
   const input = document.getElementById("search");
   const list = document.getElementById("found");
   const count = document.getElementById("found-count");
-  input.addEventListener("input", () => {
-    const pages = found(input.value);
-    list.replaceChildren(...pages.map((page) => {
-      const item = document.createElement("li");
-      const link = document.createElement("a");
-      const kind = document.createElement("span");
-      link.href = root.dataset.root + page.u;
-      link.textContent = page.t + " ";
-      kind.textContent = page.k;
-      link.append(kind);
-      item.append(link);
-      return item;
-    }));
-    list.hidden = !pages.length;
-    count.textContent = input.value.trim() ? pages.length + " pages found" : "";
+  const search = () => {
+    const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const pages = words.length ? found(words) : [];
+    const few = pages.slice(0, SHOWN);
+    list.replaceChildren(...few.map((page) => linkTo(page, words)));
+    list.hidden = !few.length;
+    const more = few.length < pages.length ? `, the first ${SHOWN} are shown` : "";
+    count.textContent = words.length ? `${pages.length || "no"} page${pages.length === 1 ? "" : "s"} found${more}` : "";
+    count.classList.toggle("unseen", few.length > 0 || !words.length);
+  };
+  input.addEventListener("input", search);
+  input.addEventListener("focus", search);
+  input.form.addEventListener("focusout", (event) => {
+    if (event.relatedTarget && !input.form.contains(event.relatedTarget)) list.hidden = true;
   });
   const links = () => [...list.querySelectorAll("a")];
   input.form.addEventListener("submit", (event) => {
@@ -72,9 +107,10 @@ function setUpSearch() {
   input.form.addEventListener("keydown", (event) => {
     const at = links().indexOf(document.activeElement);
     if (event.key === "Escape") {
-      list.hidden = true;
       input.focus();
+      list.hidden = true;
     } else if (event.key === "ArrowDown" && links()[at + 1]) {
+      list.hidden = false;
       links()[at + 1].focus();
       event.preventDefault();
     } else if (event.key === "ArrowUp" && at >= 0) {
@@ -112,6 +148,9 @@ function setUpSorting(table) {
     button.type = "button";
     button.append(...head.childNodes);
     head.append(button);
+    // Chromium repeats a head on every printed page, but no button in it.
+    window.addEventListener("beforeprint", () => head.prepend(...button.childNodes));
+    window.addEventListener("afterprint", () => button.append(...[...head.childNodes].filter((one) => one !== button)));
     head.setAttribute("aria-sort", "none");
     button.addEventListener("click", () => {
       const up = head.getAttribute("aria-sort") !== "ascending";
