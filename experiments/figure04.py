@@ -153,9 +153,18 @@ def figure04_fit(records: Sequence[Record], paper: PaperResults) -> Table:
         if not any(laws):
             continue
         ids = ["; ".join(point.ids for (name, _), point in found.items() if name == model) for model, _ in rows]
+        devices = "; ".join(dict.fromkeys(point.devices for point in found.values()))
 
-        def measured(value: float | str | None, run_ids: str, group: Group = group, digits: int | None = None) -> Cell:
-            return Cell(value, digits, "measured", run_ids or None, group.corpus, group.text, tokenizer=group.tokenizer)
+        def measured(
+            value: float | str | None,
+            run_ids: str,
+            group: Group = group,
+            device: str = devices,
+            digits: int | None = None,
+        ) -> Cell:
+            return Cell(
+                value, digits, "measured", run_ids or None, group.corpus, group.text, device, "", group.tokenizer
+            )
 
         columns += [
             (
@@ -270,8 +279,9 @@ def _of_table_9(record: Record | None) -> Cell:
     if record is None or record.metrics.get("valid_ppl") is None:
         return NOT_RUN
     return Cell(
-        record.metrics["valid_ppl"], 2, "measured", record.id, record.corpus, "paper budget", tokenizer=record.tokenizer
-    )
+        record.metrics["valid_ppl"], 2, "measured", record.id, record.corpus, "paper budget", record.device,
+        record.budget_text, record.tokenizer,
+    )  # fmt: skip
 
 
 def _register(name: str, rule: Rule, short: bool) -> None:
@@ -349,8 +359,8 @@ def _ppl(points: Points, key: Key, group: Group) -> Cell:
     if point is None:
         return NOT_RUN
     return Cell(
-        point.ppl, 2, "measured", point.ids, group.corpus, group.text, tokenizer=group.tokenizer, count=len(point.runs),
-        device="; ".join(dict.fromkeys(run.device for run in point.runs)),
+        point.ppl, 2, "measured", point.ids, group.corpus, group.text, point.devices, point.runs[-1].budget_text,
+        group.tokenizer, count=len(point.runs),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from rodimus_lab.experiment import BudgetName, TrainAll, choose_budget, experime
 from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.zoo import MODELS, Size, model_config, slug
 from rodimus_lab.recipe import BudgetConfig, OptimizerConfig, Recipe, ScheduleConfig
-from rodimus_lab.records import Record, load_records
+from rodimus_lab.records import Record, count_text, load_records
 from rodimus_lab.report import FIGURES, NOT_RUN, Axis, Cell, Column, Figure, Line, PaperResults, Table, tell_points
 from rodimus_lab.report.recall import EXPANSION_FIELDS, METRIC, Best, best_points, spread_over_seeds, too_close
 from rodimus_lab.scoring import Precision
@@ -337,6 +337,14 @@ def _accuracy(runs: Sequence[Record] | None, budget: str) -> Cell:
         corpus="mqar",
         budget=budget,
         device="; ".join(dict.fromkeys(run.device for run in runs)),
+        note="; ".join(dict.fromkeys(map(_trained, runs))),
         std=statistics.stdev(accuracies) if len(runs) > 1 else None,
         count=len(runs),
     )
+
+
+def _trained(run: Record) -> str:
+    """How far it was trained: steps differ with the length, and a run ends early where nothing is left to learn."""
+    metrics = run.metrics
+    read = f", {count_text(metrics['tokens'])} tokens" if metrics.get("tokens") else ""
+    return f"{metrics.get('steps', run.budget['steps']):,} steps, batch {run.budget['batch_size']}{read}"

@@ -48,6 +48,10 @@ class Point:
     def ids(self) -> str:
         return "; ".join(run.id for run in self.runs)
 
+    @property
+    def devices(self) -> str:
+        return "; ".join(dict.fromkeys(run.device for run in self.runs))
+
 
 Points = Mapping[tuple[str, str], Point]
 

@@ -23,9 +23,9 @@ class Cell:
     """One value and its provenance.
 
     `value` None is missing. `digits` are those after the point; left out, a paper's number keeps its printed digits and
-    any other number all it has. A measured number must name its run (several joined by "; "), corpus and budget; `std`
-    is the sample standard deviation over `count` runs with different seeds, of which `value` is the mean; `stderr` the
-    standard error of one run's value over its test items. `missing` is what stands where there is no value.
+    any other number all it has. A measured number must name its run (several joined by "; "), corpus, budget and
+    device; `std` is the sample standard deviation over `count` runs with different seeds, of which `value` is the mean;
+    `stderr` the standard error of one run over its test items. `missing` is what stands where there is no value.
     """
 
     value: float | str | None
@@ -43,8 +43,9 @@ class Cell:
     stderr: float | None = None
 
     def __post_init__(self) -> None:
-        if self.source == "measured" and self.value is not None and not (self.run_id and self.corpus and self.budget):
-            raise ValueError(f"a measured value needs its run, corpus and budget: {self}")
+        origin = (self.run_id, self.corpus, self.budget, self.device)
+        if self.source == "measured" and self.value is not None and not all(origin):
+            raise ValueError(f"a measured value needs its run, corpus, budget and device: {self}")
         if isinstance(self.value, int | float) and not math.isfinite(self.value):
             raise ValueError(f"{self.value} is not a result; a missing value is None")
 

@@ -155,9 +155,9 @@ def test_devices_mix_in_perplexities_and_not_in_speeds():
     assert any(setting.endswith("NVIDIA H200") for setting in speeds.settings)
 
 
-@pytest.mark.parametrize("field", ["run_id", "corpus", "budget"])
+@pytest.mark.parametrize("field", ["run_id", "corpus", "budget", "device"])
 def test_a_measured_number_without_provenance_is_refused(field):
-    with pytest.raises(ValueError, match="needs its run, corpus and budget"):
+    with pytest.raises(ValueError, match="needs its run, corpus, budget and device"):
         measured(1.0, **{field: None})
 
 
