@@ -131,7 +131,8 @@ def figure04(records: Sequence[Record], paper: PaperResults) -> Table:
         columns.append((Column("Valid PPL", "lower"), [_ppl(found, key, group) for key in rows]))
     if not groups:
         columns.append((Column("Valid PPL"), [NOT_RUN] * len(rows)))
-    return _table("Figure 4. Perplexity against training FLOPs", columns, [READ, STAND_IN])
+    computed = "the models' configs and the steps of Table 8, or of the run"
+    return _table("Figure 4. Perplexity against training FLOPs", columns, [READ, STAND_IN], computed)
 
 
 @report("figure04-fit", experiments=("scaling-laws",))
@@ -188,7 +189,7 @@ def figure04_fit(records: Sequence[Record], paper: PaperResults) -> Table:
         "Ladders span small sizes and a stand-in corpus: their laws compare models with one another, not with the "
         "paper's.",
     ]
-    return _table("Figure 4. The laws through its points", columns, notes)
+    return _table("Figure 4. The laws through its points", columns, notes, "the paper's points, by the fit above")
 
 
 @report("table6", experiments=("scaling-laws", "pile"))
@@ -232,7 +233,7 @@ def table8(records: Sequence[Record], paper: PaperResults) -> Table:
         columns.append((Column("Valid PPL", "lower"), [_ppl(found, key, group) for key in rows]))
     if not groups:
         columns.append((Column("Valid PPL"), [NOT_RUN] * len(rows)))
-    return _table("Table 8. The scaling sizes and their training", columns, [STAND_IN])
+    return _table("Table 8. The scaling sizes and their training", columns, [STAND_IN], "the models' configs")
 
 
 TABLE_9 = {"130m": "0.13", "460m": "0.46", "1.4b": "1.4", "1.6b": "1.4"}
@@ -368,6 +369,7 @@ def _digits(flops: float) -> float:
     return float(f"{flops:.4g}")
 
 
-def _table(title: str, columns: Sequence[tuple[Column, Sequence[Cell]]], notes: Sequence[str]) -> Table:
-    cells = zip(*(cells for _, cells in columns), strict=True)
-    return Table(title, [column for column, _ in columns], list(cells), notes=notes, paper_corpus=PILE)
+def _table(
+    title: str, columns: Sequence[tuple[Column, Sequence[Cell]]], notes: Sequence[str], computed: str = ""
+) -> Table:
+    return Table.of(title, columns, notes, paper_corpus=PILE, computed=computed)

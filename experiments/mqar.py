@@ -316,7 +316,7 @@ def _columns(
         (Column("Accuracy (%)", "higher"), [_accuracy(best.runs if best else None, budget) for best in found]),
         (
             Column("Best rate"),
-            [Cell(f"{best.lr:g}" if best else None, source="computed", missing="") for best in found],
+            [Cell(f"{best.lr:g}" if best else None, missing="") for best in found],
         ),
     ]
     for rate in rates:

@@ -88,10 +88,10 @@ class Column:
 class Table:
     """Rows of cells under columns. `paper_corpus` is what the paper trained on, one or several: any other corpus is a
     stand-in, but for the unknown one of published weights. `sections` names the part of the table that each row is in:
-    best and second best are found within a part.
+    best and second best are found within a part. `computed` says what computed numbers are computed from.
 
-    Raises `ValueError` where a column mixes sources, corpora, tokenizers or budgets: such numbers are not comparable
-    and belong in separate columns.
+    Raises `ValueError` where a column mixes sources, corpora, tokenizers or budgets, as such numbers cannot be compared
+    and belong in separate columns, and where there are computed numbers and `computed` is empty.
     """
 
     title: str
@@ -101,6 +101,7 @@ class Table:
     notes: Sequence[str] = ()
     paper_corpus: str | tuple[str, ...] | None = None
     sections: Sequence[str] = ()
+    computed: str = ""
 
     @classmethod
     def of(
@@ -112,12 +113,17 @@ class Table:
         caption: str = "",
         paper_corpus: str | tuple[str, ...] | None = None,
         sections: Sequence[str] = (),
+        computed: str = "",
     ) -> Table:
         """A table by its columns, each with its cells from the first row down."""
         rows = list(zip(*(cells for _, cells in columns), strict=True))
-        return cls(title, [column for column, _ in columns], rows, caption, notes, paper_corpus, sections)
+        return cls(title, [column for column, _ in columns], rows, caption, notes, paper_corpus, sections, computed)
 
     def __post_init__(self) -> None:
+        if self._has("computed") and not self.computed:
+            raise ValueError(
+                f"the table {self.title!r} has computed numbers and does not say what they are computed from"
+            )
         if self.sections and len(self.sections) != len(self.rows):
             raise ValueError(f"{len(self.sections)} sections are named for {len(self.rows)} rows")
         for row in self.rows:
@@ -192,10 +198,15 @@ class Table:
 
     @property
     def closing_notes(self) -> tuple[str, ...]:
-        """The table's own notes, a word on the paper's numbers where there are any, and every setting in full."""
-        quoted = any(cell.source == "paper" and cell.value is not None for row in self.rows for cell in row)
+        """The table's own notes, a word on the paper's numbers and the computed ones where there are any, and every
+        setting in full."""
+        quoted = ["Columns marked (paper) are quoted from the paper."] if self._has("paper") else []
+        computed = [f"Columns marked (computed): {self.computed}."] if self._has("computed") else []
         settings = [f"#{number}: {text}." for text, number in self.settings.items()]
-        return (*self.notes, *(["Columns marked (paper) are quoted from the paper."] if quoted else []), *settings)
+        return (*self.notes, *quoted, *computed, *settings)
+
+    def _has(self, source: Source) -> bool:
+        return any(cell.source == source and cell.value is not None for row in self.rows for cell in row)
 
     def _given(self, index: int) -> list[Cell]:
         return [row[index] for row in self.rows if row[index].value is not None]
