@@ -304,13 +304,16 @@ def _register(name: str, rule: Rule, short: bool) -> None:
                 missing.append((model, 1e15))
             if placed:
                 xs = [_digits(flops) for flops, _ in placed]
-                lines.append(Line(model, xs, [p.ppl for _, p in placed], sources=[p.ids for _, p in placed]))
+                points = [point for _, point in placed]
+                stds, runs = [point.std for point in points], [point.runs for point in points]
+                lines.append(Line(model, xs, [point.ppl for point in points], stds=stds, runs=runs))
                 if law := law_of(xs, [p.loss for _, p in placed]):
                     bands.append(band_of(model, law, xs))
         where = "" if chosen is None else f", {chosen.corpus}, {chosen.text}"
         title = f"{'The short ladder' if short else 'Figure 4. Perplexity against compute'}{where}"
-        x = Axis(f"Training FLOPs ({RULES[rule]})", "log")
-        return Figure(title, x, Axis("Valid PPL", "tight"), lines, missing, bands=bands)
+        x, y = Axis(f"Training FLOPs ({RULES[rule]})", "log"), Axis("Valid PPL", "tight")
+        command = f"rodimus-lab scaling-laws --budget {'short' if short else 'paper'}"
+        return Figure(title, x, y, lines, missing, bands=bands, command=command, paper_corpus=PILE)
 
 
 for _rule in get_args(Rule):

@@ -231,12 +231,13 @@ def _register_figure_6(seq_len: int) -> None:
         """Figure 6 at one length: accuracy by width, of runs at the paper's budget."""
         points = {(b.model, b.width): b for b in _full(records) if _in_6(b) and b.seq_len == seq_len}
         return _figure(
-            f"MQAR, {seq_len} tokens, {PAPER_PAIRS[seq_len]} pairs",
+            f"Figure 6. MQAR, {seq_len} tokens, {PAPER_PAIRS[seq_len]} pairs",
             "Width d",
             [(one, WIDTHS) for one in FIGURE_6_MODELS],
             points,
             RATES["6"],
             quoted=[],
+            command=f"rodimus-lab mqar --length {seq_len} --budget paper",
         )
 
 
@@ -253,12 +254,13 @@ def draw_figure_1b(records: Sequence[Record], paper: PaperResults) -> Figure:
         xs, ys = ([float(str(row[name])) for row in rows] for name in ("expansion", "accuracy"))
         quoted.append(Line(one, xs, ys, sources=["paper, read by eye"] * len(rows), quoted=True))
     return _figure(
-        f"MQAR, {LONG} tokens, {PAPER_PAIRS[LONG]} pairs, d = {LONG_WIDTH}",
+        f"Figure 1b. MQAR, {LONG} tokens, {PAPER_PAIRS[LONG]} pairs, d = {LONG_WIDTH}",
         "State expansion n",
         [(one, EXPANSIONS) for one in FIGURE_1B_MODELS],
         {(b.model, b.expansion): b for b in _full(records) if _in_1b(b)},
         RATES["1b"],
         quoted=quoted,
+        command="rodimus-lab mqar --figure 1b --budget paper",
     )
 
 
@@ -289,6 +291,7 @@ def _figure(
     points: Mapping[Any, Best],
     rates: Sequence[float],
     quoted: Sequence[Line],
+    command: str,
 ) -> Figure:
     """A point is the best of its rates; those of fewer than all `rates` so far are named."""
     lines, missing = list(quoted), []
@@ -299,11 +302,12 @@ def _figure(
             best = [points[name, x] for x in run]
             sources = [f"{'; '.join(run.id for run in b.runs)} at rate {b.lr:g}" for b in best]
             stds = [spread_over_seeds(b.runs) for b in best]
-            lines.append(Line(name, run, [b.accuracy for b in best], sources=sources, stds=stds))
+            lines.append(Line(name, run, [b.accuracy for b in best], sources, stds=stds, runs=[b.runs for b in best]))
     started = [(name, x) for name, xs in wanted for x in xs if (name, x) in points]
     partly = tell_points(key for key in started if not set(rates) <= set(points[key].by_rate))
     remark = f"not all of {len(rates)} learning rates yet: {partly}" if partly else ""
-    return Figure(title, Axis(x_label, "log2"), Axis("Accuracy", "share"), lines, missing, remark=remark)
+    x, y = Axis(x_label, "log2"), Axis("Accuracy", "share")
+    return Figure(title, x, y, lines, missing, remark=remark, command=command)
 
 
 def _columns(

@@ -111,10 +111,12 @@ class Record:
     def tokens(self) -> int | None:
         """Tokens that the budget stands for: its steps of rows of one length; of a model that was scored, those that it
         was trained on. None where the rows have no one length, or nothing is known."""
-        seq_len = (self.recipe.get("data") or {}).get("seq_len") or self.recipe.get("seq_len")
-        if not seq_len or not self.budget.get("batch_size"):
+        data = self.recipe.get("data") or {}
+        rows = data.get("train") or [data if "seq_len" in data else self.recipe]
+        lengths = {one.get("seq_len") for one in rows}
+        if len(lengths) > 1 or None in lengths or not self.budget.get("batch_size"):
             return self.metrics.get("trained_tokens")
-        return self.budget["steps"] * self.budget["batch_size"] * seq_len
+        return self.budget["steps"] * self.budget["batch_size"] * lengths.pop()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Reports: tables and figures made of run records and of the paper's numbers. Needs neither torch nor a GPU."""
 
+from rodimus_lab.report.absent import NotRun
 from rodimus_lab.report.artefacts import quoted_tables
+from rodimus_lab.report.caption import told_runs
 from rodimus_lab.report.comparison import NOT_RUN, Metric, paper_vs_measured
 from rodimus_lab.report.figure import (
     FIGURES,
@@ -34,6 +36,7 @@ __all__ = [
     "HeatMap",
     "Line",
     "Metric",
+    "NotRun",
     "Panels",
     "PaperResults",
     "PaperRow",
@@ -49,6 +52,7 @@ __all__ = [
     "to_csv",
     "to_latex",
     "to_markdown",
+    "told_runs",
     "with_order",
     "write",
     "write_figure",

@@ -45,6 +45,11 @@ class Point:
         return math.exp(self.loss)
 
     @property
+    def std(self) -> float:
+        """The standard deviation of the perplexity over seeds; 0 of a single run."""
+        return statistics.stdev(run.metrics[METRIC] for run in self.runs) if len(self.runs) > 1 else 0.0
+
+    @property
     def ids(self) -> str:
         return "; ".join(run.id for run in self.runs)
 

@@ -60,6 +60,7 @@ class TableView:
     run_ids: frozenset[str]
     measured: int
     absent: int
+    computed: int
     files: Sequence[str]
 
     @classmethod
@@ -91,6 +92,7 @@ class TableView:
             frozenset(run for cell in cells for run in _ids(cell)),
             sum(cell.value is not None for cell in ours),
             sum(cell.value is None for cell in ours),
+            sum(cell.value is not None and cell.source == "computed" for cell in cells),
             [f"{name}.{suffix}" for suffix in ("md", "tex", "csv")],
         )
 
@@ -160,8 +162,11 @@ class ArtefactView:
         if not self.tables and not self.figures:
             return "not run"
         if not measured:
-            drawn = "measured" if any(figure.run_ids for figure in self.figures) else "computed"
-            return "not run" if absent or points else drawn
+            if any(figure.run_ids for figure in self.figures):
+                return "measured"
+            drawn = any("computed" in row for figure in self.figures for row in figure.numbers)
+            computed = drawn or any(table.computed for table in self.tables)
+            return "not run" if absent or points or not computed else "computed"
         return f"{measured:,} numbers measured" + (f", {absent:,} not run" if absent else "")
 
     @property

@@ -233,7 +233,9 @@ def test_budgets_in_words(budget, text):
     [
         ({"data": {"seq_len": 512}}, {}, "short budget 1,500 of 25,000 steps, batch 256, 197M tokens"),
         ({"seq_len": 4096}, {}, "short budget 1,500 of 25,000 steps, batch 256, 1.57B tokens"),
-        ({"data": {"train": []}}, {}, "short budget 1,500 of 25,000 steps, batch 256"),
+        ({"data": {"train": [{"seq_len": 64}]}}, {}, "short budget 1,500 of 25,000 steps, batch 256, 24.6M tokens"),
+        ({"data": {"train": [{"seq_len": 64}, {"seq_len": 128}]}}, {}, "short budget 1,500 of 25,000 steps, batch 256"),
+        ({}, {}, "short budget 1,500 of 25,000 steps, batch 256"),
         (
             {"data": {"tasks": []}},
             {"trained_tokens": 819200},
