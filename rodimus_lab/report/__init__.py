@@ -4,6 +4,7 @@ from rodimus_lab.report.absent import NotRun
 from rodimus_lab.report.artefacts import quoted_tables
 from rodimus_lab.report.caption import told_runs
 from rodimus_lab.report.comparison import NOT_RUN, Metric, paper_vs_measured
+from rodimus_lab.report.diagram import Box, Diagram, Wire, diagrams_of
 from rodimus_lab.report.figure import (
     FIGURES,
     Axis,
@@ -29,8 +30,10 @@ __all__ = [
     "NOT_RUN",
     "Axis",
     "Band",
+    "Box",
     "Cell",
     "Column",
+    "Diagram",
     "Drawing",
     "Figure",
     "HeatMap",
@@ -42,6 +45,8 @@ __all__ = [
     "PaperRow",
     "Printed",
     "Table",
+    "Wire",
+    "diagrams_of",
     "overlaps",
     "paper_table",
     "paper_vs_measured",

@@ -20,6 +20,7 @@ from rodimus_lab.records import Record, figures_root, load_records, write_atomic
 from rodimus_lab.registry import Registry, load_plugins
 from rodimus_lab.report.absent import NotRun, say_not_run
 from rodimus_lab.report.caption import told_runs
+from rodimus_lab.report.diagram import Diagram
 from rodimus_lab.report.heat_map import HeatMap, wrap_title
 from rodimus_lab.report.paper import PaperResults
 from rodimus_lab.report.style import HOUSE, mark, shade_of, style_of
@@ -196,12 +197,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Panels:
-    """Figures or heat maps, so many in a row; their numbers have the same columns but for the names of the axes, and
-    for those that only some have, which come last. `remark` is what has to be known beside all of them; `runs` stand
-    behind every part."""
+    """Figures, heat maps or diagrams, so many in a row; their numbers have the same columns but for the names of the
+    axes, and for those that only some have, which come last. `remark` is what has to be known beside all of them;
+    `runs` stand behind every part."""
 
     title: str
-    parts: Sequence[Figure | HeatMap]
+    parts: Sequence[Figure | HeatMap | Diagram]
     columns: int = 2
     remark: str = ""
     runs: Sequence[Record] = ()
@@ -237,7 +238,7 @@ class Panels:
         _write_note(canvas, self.note, self.size[0])
 
 
-Drawing: TypeAlias = Figure | HeatMap | Panels | NotRun
+Drawing: TypeAlias = Figure | HeatMap | Diagram | Panels | NotRun
 MakeFigure: TypeAlias = Callable[[Sequence[Record], PaperResults], Drawing | Mapping[str, Drawing]]
 FIGURES: Registry[MakeFigure] = Registry("figure")
 

@@ -22,7 +22,8 @@ from rodimus_lab.nn.zoo import MODELS, SIZES, model_config, slug
 from rodimus_lab.records import NAME, SAMPLES, Record, RunDir
 from rodimus_lab.report import Cell, Table, overlaps
 from rodimus_lab.report.artefacts import Artefact
-from rodimus_lab.site.charts import Chart, Diagram, charts_of, diagrams_of
+from rodimus_lab.report.diagram import Diagram, diagrams_of
+from rodimus_lab.site.charts import Chart, charts_of
 
 CONTEXTS = (2048, 16384)
 NUMBERS = 400  # rows of a figure's numbers that its page shows

@@ -17,7 +17,7 @@ from rodimus_lab.nn.zoo import MODELS
 from rodimus_lab.records import PROJECT_ROOT, load_records
 from rodimus_lab.report.artefacts import PAPER
 from rodimus_lab.site import build_site
-from rodimus_lab.site.charts import charts_of, diagrams_of
+from rodimus_lab.site.charts import charts_of
 from rodimus_lab.site.documents import documents
 from rodimus_lab.site.views import ArtefactView, FigureView, base_of
 
@@ -222,6 +222,7 @@ def test_only_what_was_computed_is_called_so(source: str, status: str) -> None:
 def test_diagrams_add_what_the_block_adds() -> None:
     """Rodimus+ has a sum for each sublayer, two of them on the residual stream."""
     from rodimus_lab.nn.zoo import model_config
+    from rodimus_lab.report.diagram import diagrams_of
 
     (drawn,) = diagrams_of(model_config("rodimus+"))
     sums = [box.y for box in drawn.boxes if box.sort == "sum"]
