@@ -293,7 +293,7 @@ def _register(name: str, rule: Rule, short: bool) -> None:
         groups = {group: found for group, found in groups_of(own).items() if group.budget in ("paper", "short")}
         chosen = max(groups, key=lambda group: len(groups[group])) if groups else None
         lines = [] if short else list(_quoted_lines(quoted(paper), rule))
-        missing: list[tuple[str, float]] = []
+        missing: list[tuple[str, float | None]] = []
         bands = []
         for model in MODELS:
             found = {} if chosen is None else {k: p for k, p in groups[chosen].items() if k[0] == model}
@@ -301,7 +301,7 @@ def _register(name: str, rule: Rule, short: bool) -> None:
             if not short:
                 missing += [(model, _digits(flops_at(model, s, rule))) for s in NAMES if (model, s) not in found]
             elif not placed:
-                missing.append((model, 1e15))
+                missing.append((model, None))
             if placed:
                 xs = [_digits(flops) for flops, _ in placed]
                 points = [point for _, point in placed]

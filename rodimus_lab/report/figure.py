@@ -103,25 +103,25 @@ class Band:
         axes.fill_between(self.xs, self.lows, self.highs, color=colour, alpha=0.12, linewidth=0)
 
 
-def tell_points(points: Iterable[tuple[str, float]], whole: Set[str] = frozenset()) -> str:
-    """(name, x) in words, such as "a, b at 1, 2"; of those that are `whole` the name alone."""
+def tell_points(points: Iterable[tuple[str, float | None]], whole: Set[str] = frozenset()) -> str:
+    """(name, x) in words, such as "a, b at 1, 2"; of those that are `whole`, or at no x, the name alone."""
     at: dict[str, list[str]] = {}
     for name, x in points:
-        at.setdefault(name, []).append(f"{x:g}")
-    return ", ".join(name if name in whole else f"{name} at {', '.join(xs)}" for name, xs in at.items())
+        at.setdefault(name, []).extend([] if x is None else [f"{x:g}"])
+    return ", ".join(f"{name} at {', '.join(xs)}" if xs and name not in whole else name for name, xs in at.items())
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Lines over two axes. `missing` are points that are not there: (name, x), and `command` is what would run them;
-    `remark` is what else has to be known, and any corpus but `paper_corpus` a stand-in. Points with a band are not
-    joined. Where there is no line at all it says "not run"."""
+    """Lines over two axes. `missing` are points that are not there: (name, x or None where it is not known), and
+    `command` is what would run them; `remark` is what else has to be known, any corpus but `paper_corpus` a stand-in.
+    Points with a band are not joined. Where there is no line at all it says "not run"."""
 
     title: str
     x: Axis
     y: Axis
     lines: Sequence[Line]
-    missing: Sequence[tuple[str, float]] = ()
+    missing: Sequence[tuple[str, float | None]] = ()
     size: tuple[float, float] = (7.5, 5.0)
     bands: Sequence[Band] = ()
     remark: str = ""
@@ -132,7 +132,9 @@ class Figure:
     def note(self) -> str:
         """What has to be known beside the lines: which are quoted, the runs behind the others with their conditions,
         what was not run, and the remark."""
-        parts = ["dashed and pale: the paper's"] if any(line.quoted for line in self.lines) else []
+        quoted = [line for line in self.lines if line.quoted]
+        by_eye = ", read by eye" if any("by eye" in source for line in quoted for source in line.sources) else ""
+        parts = [f"dashed and pale: the paper's{by_eye}"] if quoted else []
         told = told_runs((run for line in self.lines for some in line.runs for run in some), self.paper_corpus)
         parts += [told] if told else []
         parts += ["shaded: one standard deviation over seeds"] if any(any(line.stds) for line in self.lines) else []
@@ -151,7 +153,7 @@ class Figure:
             for line in self.lines
             for x, y, told in zip(line.xs, line.ys, line.told(), strict=True)
         ]
-        rows += [(name, x, "", "not run", "", "", "") for name, x in self.missing]
+        rows += [(name, "" if x is None else x, "", "not run", "", "", "") for name, x in self.missing]
         used = max((index for row in rows for index, value in enumerate(row) if value != ""), default=3) + 1
         header, rows = header[: max(3, used)], [row[: max(3, used)] for row in rows]
         if not self.bands:
@@ -163,7 +165,7 @@ class Figure:
     def paint(self, canvas: Any) -> None:
         """Draw into a matplotlib figure or a part of one."""
         axes = canvas.add_subplot(title=wrap_title(self.title, self.size[0]))
-        xs = sorted({x for line in self.lines for x in line.xs} | {x for _, x in self.missing})
+        xs = sorted({x for line in self.lines for x in line.xs} | {x for _, x in self.missing if x is not None})
         _write_note(canvas, self.note, self.size[0])
         for axis, ticks, set_scale in ((self.x, axes.xaxis, axes.set_xscale), (self.y, axes.yaxis, axes.set_yscale)):
             set_scale("linear" if axis.is_linear else "log")

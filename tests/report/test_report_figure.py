@@ -241,6 +241,10 @@ def test_sources_and_what_is_missing_stand_in_the_numbers_and_the_note(tmp_path:
     ]
     svg = write_figure(figure, tmp_path, "recall")[0].read_text()
     assert "stroke-dasharray" in svg
+    by_eye = replace(quoted, sources=("paper, read by eye",) * 2)
+    unknown = replace(figure, lines=[by_eye, ours], missing=[("mamba", None)])
+    assert unknown.note == "dashed and pale: the paper's, read by eye; not run: mamba"
+    assert figure_csv(unknown).splitlines()[-1] == "mamba,,,not run"
     empty = Figure("Recall", *axes, [], missing=[("rodimus", 16), ("rodimus", 32)])
     assert empty.note == "not run: rodimus"
     assert write_figure(empty, tmp_path, "empty")[1].stat().st_size > 0
