@@ -353,6 +353,7 @@ def table14(records: Sequence[Record], paper: PaperResults) -> Table:
         within=("Model",),
         more=more,
         given=given,
+        computed="each model's config, by the paper's rule, and its real states, made and measured in bytes",
         notes=[
             f"Memory of one sequence of {context:,} tokens; six heads of 128, two groups for GQA, and in Rodimus+ a "
             f"window of {context // 2:,}. True memory is that of real states in bfloat16; the whole state has the "

@@ -131,7 +131,8 @@ def figure04(records: Sequence[Record], paper: PaperResults) -> Table:
         columns.append((Column("Valid PPL", "lower"), [_ppl(found, key, group) for key in rows]))
     if not groups:
         columns.append((Column("Valid PPL"), [NOT_RUN] * len(rows)))
-    return _table("Figure 4. Perplexity against training FLOPs", columns, [READ, STAND_IN])
+    computed = "the models' configs and the steps of Table 8, or of the run"
+    return _table("Figure 4. Perplexity against training FLOPs", columns, [READ, STAND_IN], computed)
 
 
 @report("figure04-fit", experiments=("scaling-laws",))
@@ -153,9 +154,18 @@ def figure04_fit(records: Sequence[Record], paper: PaperResults) -> Table:
         if not any(laws):
             continue
         ids = ["; ".join(point.ids for (name, _), point in found.items() if name == model) for model, _ in rows]
+        devices = "; ".join(dict.fromkeys(point.devices for point in found.values()))
 
-        def measured(value: float | str | None, run_ids: str, group: Group = group, digits: int | None = None) -> Cell:
-            return Cell(value, digits, "measured", run_ids or None, group.corpus, group.text, tokenizer=group.tokenizer)
+        def measured(
+            value: float | str | None,
+            run_ids: str,
+            group: Group = group,
+            device: str = devices,
+            digits: int | None = None,
+        ) -> Cell:
+            return Cell(
+                value, digits, "measured", run_ids or None, group.corpus, group.text, device, "", group.tokenizer
+            )
 
         columns += [
             (
@@ -179,7 +189,7 @@ def figure04_fit(records: Sequence[Record], paper: PaperResults) -> Table:
         "Ladders span small sizes and a stand-in corpus: their laws compare models with one another, not with the "
         "paper's.",
     ]
-    return _table("Figure 4. The laws through its points", columns, notes)
+    return _table("Figure 4. The laws through its points", columns, notes, "the paper's points, by the fit above")
 
 
 @report("table6", experiments=("scaling-laws", "pile"))
@@ -223,7 +233,7 @@ def table8(records: Sequence[Record], paper: PaperResults) -> Table:
         columns.append((Column("Valid PPL", "lower"), [_ppl(found, key, group) for key in rows]))
     if not groups:
         columns.append((Column("Valid PPL"), [NOT_RUN] * len(rows)))
-    return _table("Table 8. The scaling sizes and their training", columns, [STAND_IN])
+    return _table("Table 8. The scaling sizes and their training", columns, [STAND_IN], "the models' configs")
 
 
 TABLE_9 = {"130m": "0.13", "460m": "0.46", "1.4b": "1.4", "1.6b": "1.4"}
@@ -270,8 +280,9 @@ def _of_table_9(record: Record | None) -> Cell:
     if record is None or record.metrics.get("valid_ppl") is None:
         return NOT_RUN
     return Cell(
-        record.metrics["valid_ppl"], 2, "measured", record.id, record.corpus, "paper budget", tokenizer=record.tokenizer
-    )
+        record.metrics["valid_ppl"], 2, "measured", record.id, record.corpus, "paper budget", record.device,
+        record.budget_text, record.tokenizer,
+    )  # fmt: skip
 
 
 def _register(name: str, rule: Rule, short: bool) -> None:
@@ -282,7 +293,7 @@ def _register(name: str, rule: Rule, short: bool) -> None:
         groups = {group: found for group, found in groups_of(own).items() if group.budget in ("paper", "short")}
         chosen = max(groups, key=lambda group: len(groups[group])) if groups else None
         lines = [] if short else list(_quoted_lines(quoted(paper), rule))
-        missing: list[tuple[str, float]] = []
+        missing: list[tuple[str, float | None]] = []
         bands = []
         for model in MODELS:
             found = {} if chosen is None else {k: p for k, p in groups[chosen].items() if k[0] == model}
@@ -290,16 +301,19 @@ def _register(name: str, rule: Rule, short: bool) -> None:
             if not short:
                 missing += [(model, _digits(flops_at(model, s, rule))) for s in NAMES if (model, s) not in found]
             elif not placed:
-                missing.append((model, 1e15))
+                missing.append((model, None))
             if placed:
                 xs = [_digits(flops) for flops, _ in placed]
-                lines.append(Line(model, xs, [p.ppl for _, p in placed], sources=[p.ids for _, p in placed]))
+                points = [point for _, point in placed]
+                stds, runs = [point.std for point in points], [point.runs for point in points]
+                lines.append(Line(model, xs, [point.ppl for point in points], stds=stds, runs=runs))
                 if law := law_of(xs, [p.loss for _, p in placed]):
                     bands.append(band_of(model, law, xs))
         where = "" if chosen is None else f", {chosen.corpus}, {chosen.text}"
         title = f"{'The short ladder' if short else 'Figure 4. Perplexity against compute'}{where}"
-        x = Axis(f"Training FLOPs ({RULES[rule]})", "log")
-        return Figure(title, x, Axis("Valid PPL", "tight"), lines, missing, bands=bands)
+        x, y = Axis(f"Training FLOPs ({RULES[rule]})", "log"), Axis("Valid PPL", "tight")
+        command = f"rodimus-lab scaling-laws --budget {'short' if short else 'paper'}"
+        return Figure(title, x, y, lines, missing, bands=bands, command=command, paper_corpus=PILE)
 
 
 for _rule in get_args(Rule):
@@ -349,8 +363,8 @@ def _ppl(points: Points, key: Key, group: Group) -> Cell:
     if point is None:
         return NOT_RUN
     return Cell(
-        point.ppl, 2, "measured", point.ids, group.corpus, group.text, tokenizer=group.tokenizer, count=len(point.runs),
-        device="; ".join(dict.fromkeys(run.device for run in point.runs)),
+        point.ppl, 2, "measured", point.ids, group.corpus, group.text, point.devices, point.runs[-1].budget_text,
+        group.tokenizer, count=len(point.runs),
     )  # fmt: skip
 
 
@@ -358,6 +372,7 @@ def _digits(flops: float) -> float:
     return float(f"{flops:.4g}")
 
 
-def _table(title: str, columns: Sequence[tuple[Column, Sequence[Cell]]], notes: Sequence[str]) -> Table:
-    cells = zip(*(cells for _, cells in columns), strict=True)
-    return Table(title, [column for column, _ in columns], list(cells), notes=notes, paper_corpus=PILE)
+def _table(
+    title: str, columns: Sequence[tuple[Column, Sequence[Cell]]], notes: Sequence[str], computed: str = ""
+) -> Table:
+    return Table.of(title, columns, notes, paper_corpus=PILE, computed=computed)

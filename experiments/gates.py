@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,21 +18,34 @@ from rodimus_lab.command import command
 from rodimus_lab.convert import open_checkpoint
 from rodimus_lab.convert.provenance import Provenance, provenance
 from rodimus_lab.errors import UserError
-from rodimus_lab.gates import Reading, heat_maps, layer_gates, read_gates, rodimus_layers, write_gates
+from rodimus_lab.gates import TITLE, Reading, heat_maps, layer_gates, read_gates, rodimus_layers, write_gates
 from rodimus_lab.records import (
     FROM_FOLDER,
     Record,
     RunDir,
     describe_budget,
     environment,
+    load_records,
     runs_root,
 )
-from rodimus_lab.report import FIGURES, Axis, Drawing, Figure, Line, Panels, PaperResults, write_figure
+from rodimus_lab.report import (
+    FIGURES,
+    Axis,
+    Drawing,
+    Figure,
+    Line,
+    NotRun,
+    Panels,
+    PaperResults,
+    told_runs,
+    write_figure,
+)
 
 EXPERIMENT, PAPER_CORPUS, DEVICE = "gates", "wikitext-103", "cpu"
 TEMPERATURES = (0.1, 0.25, 0.5, 0.75, 1.0)
 SELECTIONS = (0.01, 0.1, 0.5, 1.0, 2.0)
 G = [0.01 * 10 ** (step / 10) for step in range(26)]  # 0.01 to 3.2
+COMMAND = "rodimus-lab gates RUN --text TEXT --record"
 PANEL = (5.5, 4.0)
 TAU = [step / 20 for step in range(21)]
 
@@ -45,17 +59,20 @@ def figure_7(records: Sequence[Record], paper: PaperResults) -> Panels:
     }
     parts = []
     for name, gate in gates.items():
-        over_g = [Line(f"tau = {tau:g}", G, [_short(gate(g, tau)) for g in G]) for tau in TEMPERATURES]
-        over_tau = [Line(f"g = {g:g}", TAU, [_short(gate(g, tau)) for tau in TAU]) for g in SELECTIONS]
-        parts.append(Figure(f"{name} over g", Axis("g"), Axis(name, "linear"), _plain(over_g), size=PANEL))
-        parts.append(
-            Figure(f"{name} over tau", Axis("tau", "linear"), Axis(name, "linear"), _plain(over_tau), size=PANEL)
-        )
-    return Panels("The gates and their temperature (Figure 7)", parts)
+        over_g = [(f"tau = {tau:g}", G, [gate(g, tau) for g in G]) for tau in TEMPERATURES]
+        over_tau = [(f"g = {g:g}", TAU, [gate(g, tau) for tau in TAU]) for g in SELECTIONS]
+        y = Axis(name, "linear")
+        parts.append(Figure(f"{name} over g", Axis("g"), y, _curves(over_g), size=PANEL))
+        parts.append(Figure(f"{name} over tau", Axis("tau", "linear"), y, _curves(over_tau), size=PANEL))
+    return Panels("Figure 7. The gates and their temperature", parts, remark="computed from the formulas, of no run")
 
 
-def _plain(lines: Sequence[Line]) -> list[Line]:
-    return [Line(line.name, [_short(x) for x in line.xs], line.ys) for line in lines]
+def _curves(named: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> list[Line]:
+    """A curve for each value of a parameter, the least of them the darkest."""
+    return [
+        Line(name, [*map(_short, xs)], [*map(_short, ys)], ["computed"] * len(xs), shade=index / (len(named) - 1))
+        for index, (name, xs, ys) in enumerate(named)
+    ]
 
 
 def _short(value: float) -> float:
@@ -63,25 +80,31 @@ def _short(value: float) -> float:
 
 
 @FIGURES.register("figure08")
-def figure_8(records: Sequence[Record], paper: PaperResults) -> Drawing | Mapping[str, Drawing]:
-    """The gates of a trained layer over a sentence, with and without tau; nothing where none were recorded."""
+def figure_8(records: Sequence[Record], paper: PaperResults) -> Drawing:
+    """The gates of a trained layer over a sentence, with and without tau."""
     own = [record for record in records if record.experiment == EXPERIMENT]
     if not own:
-        return {}
+        return NotRun(TITLE, COMMAND, "It needs a trained run of Rodimus, such as one of Table 1.")
     record = max(own, key=lambda one: (one.recipe["beside"] is not None, one.finished, one.id))
-    return heat_maps(read_gates(record.path), f"{_note(record.recipe)}; record {record.id}")
+    maps = heat_maps(read_gates(record.path), _note(record.recipe, records))
+    return replace(maps, runs=[record], paper_corpus=PAPER_CORPUS)
 
 
-def _note(recipe: Mapping[str, Any]) -> str:
-    """What a figure's maps are of: runs, corpora and budgets, layer, tokens and device."""
+def _note(recipe: Mapping[str, Any], records: Sequence[Record]) -> str:
+    """What a figure's maps are of: runs, corpora, budgets, devices, layer and tokens; `records` may hold the runs."""
     beside = recipe["beside"]
-    without = f"{_told(beside)}, trained without tau" if beside else "the same run read without its temperature"
+    without = (
+        f"{_told(beside, records)}, trained without tau" if beside else "the same run read without its temperature"
+    )
     layer = f"Rodimus layer {recipe['layer']} of {recipe['layers']}"
     read = f"tokens of {recipe['tokenizer']['name']}, read on {recipe['device']}"
-    return f"g^tau and exp(-g tau): {_told(recipe['model'])}; g and exp(-g): {without}; {layer}; {read}"
+    return f"g^tau and exp(-g tau): {_told(recipe['model'], records)}; g and exp(-g): {without}; {layer}; {read}"
 
 
-def _told(run: Mapping[str, Any]) -> str:
+def _told(run: Mapping[str, Any], records: Sequence[Record]) -> str:
+    for record in records:
+        if f"{record.experiment}/{record.id}" == run["name"]:
+            return told_runs([record], PAPER_CORPUS)
     stand_in = "" if run["corpus"] in (PAPER_CORPUS, FROM_FOLDER) else f" standing in for {PAPER_CORPUS}"
     return f"{run['name']} ({run['corpus']}{stand_in}, {describe_budget(run['budget'])})"
 
@@ -128,7 +151,7 @@ def gates(
     if record:
         print(f"kept as {_keep(recipe, reading)}; make figures draws Figure 8")
     name = Path(origin.identity["name"]).name
-    paths = write_figure(heat_maps(reading, _note(recipe)), out or runs_root().parent / "gates", name)
+    paths = write_figure(heat_maps(reading, _note(recipe, load_records())), out or runs_root().parent / "gates", name)
     print(f"written: {', '.join(map(str, paths))}")
 
 

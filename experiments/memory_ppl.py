@@ -11,7 +11,8 @@ here are those of real states, without the windows of short convolutions, as the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -60,6 +61,9 @@ TABLE_7 = {
     "rodimus": {"1.2": 16, "2.3": 32, "4.7": 64, "9.4": 128},
 }
 MILLION = 1e6
+CORPUS, BEST = "wikitext-103", "best_valid_ppl"
+COMMAND = "rodimus-lab memory-ppl --budget paper"
+COMPUTED = "the real states of each model's config, made and measured in bytes"
 AXIS = "Cache of one sequence in bfloat16"
 PRINTED_AXIS = 'Millions of elements, which the paper calls "M Bytes"'
 
@@ -167,10 +171,10 @@ def figure01a(records: Sequence[Record], paper: PaperResults) -> Table:
         records,
         printed,
         "Figure 1a. Perplexity on WikiText-103 against the cache",
-        (Metric("Best valid PPL", "best_valid_ppl", "valid_ppl"), Metric("Best test PPL", "best_test_ppl", None)),
+        (Metric("Best valid PPL", BEST, "valid_ppl"), Metric("Best test PPL", "best_test_ppl", None)),
         ("model", "size"),
         ("Model", "n or window"),
-        corpus="wikitext-103",
+        corpus=CORPUS,
         given=given,
         notes=[
             'The paper\'s axis says "M Bytes" but shows millions of elements; in bfloat16 the bytes are twice as many. '
@@ -232,6 +236,7 @@ def _measured(
         headings=headings,
         record_key=lambda record: rows[record.path],
         paper_corpus=corpus,
+        computed=COMPUTED,
         **options,
     )
 
@@ -242,31 +247,54 @@ def draw_figure_1a(records: Sequence[Record], paper: PaperResults) -> Panels:
     variants, context = points("figure1a"), SIZES["wikitext103"].context
     held = {row: cache_bytes(variant.config(smoke=False), context) for row, variant in variants.items()}
     quoted = {_row({**row, "size": row["expansion"] or row["window"]}): row["valid_ppl"] for row in paper.figure("01a")}
-    printed = {row: (size, quoted[row], "paper, read by eye") for row, size in held.items()}
-    panels = [_panel("The paper, WikiText-103 (read by eye)", printed)]
-    settings: dict[str, dict[Row, tuple[int, Any, str]]] = {}
+    panels = [_panel("The paper, WikiText-103 (read by eye)", _quoted_lines(held, quoted))]
     own = [record for record in records if record.experiment in (MEMORY_PPL, "wikitext103")]
+    settings: dict[str, dict[Row, list[Record]]] = {}
     for record, row in rows_of(variants, own):
-        config = LanguageModelConfig.from_dict(record.recipe["model"])
-        size = cache_bytes(config, record.recipe["data"]["seq_len"])
-        stand_in = "" if record.corpus == "wikitext-103" else " standing in"
-        title = f"{record.corpus}{stand_in}, {record.budget_text}"
-        settings.setdefault(title, {})[row] = (size, record.metrics.get("best_valid_ppl"), record.id)
-    panels += [_panel(title, settings[title]) for title in sorted(settings)]
-    return Panels("Best validation perplexity against the cache (Figure 1a)", panels)
+        if record.metrics.get(BEST) is not None:
+            settings.setdefault(_setting(record), {}).setdefault(row, []).append(record)
+    panels += [_panel(title, _measured_lines(settings[title])) for title in sorted(settings)]
+    if not settings:
+        panels.append(_panel("Ours", [], missing=[(model, size) for (model, _), size in held.items()]))
+    remark = "" if not settings else f"points of ours that are not drawn have not been run ({COMMAND})"
+    return Panels("Figure 1a. Best validation perplexity against the cache", panels, remark=remark)
 
 
-def _panel(title: str, points_of: dict[Row, tuple[int, Any, str]]) -> Figure:
-    """`points_of`: bytes, perplexity and source."""
+def _setting(record: Record) -> str:
+    stand_in = "" if record.corpus == CORPUS else " standing in"
+    return f"Ours, {record.corpus}{stand_in}, {record.budget['steps']:,} steps ({record.budget['name']})"
+
+
+def _quoted_lines(held: Mapping[Row, int], ppls: Mapping[Row, Any]) -> list[Line]:
     lines = []
     for model in FIGURE_1A:
-        found = sorted(point for (name, _), point in points_of.items() if name == model and point[1] is not None)
-        if found:
-            sizes, ppls, sources = zip(*found, strict=True)
-            lines.append(Line(model, sizes, [float(ppl) for ppl in ppls], sources))
+        points = sorted((size, float(ppls[row])) for row, size in held.items() if row[0] == model)
+        sizes, perplexities = zip(*points, strict=True)
+        lines.append(Line(model, sizes, perplexities, ["paper, read by eye"] * len(points)))
+    return lines
+
+
+def _measured_lines(found: Mapping[Row, Sequence[Record]]) -> list[Line]:
+    """Points are means over the seeds of one row, at the bytes of the model that was trained."""
+    lines = []
+    for model in FIGURE_1A:
+        groups = {_trained_bytes(runs[0]): runs for (name, _), runs in found.items() if name == model}
+        if groups:
+            sizes, runs = zip(*sorted(groups.items()), strict=True)
+            ppls = [[run.metrics[BEST] for run in some] for some in runs]
+            stds = [statistics.stdev(some) if len(some) > 1 else 0.0 for some in ppls]
+            lines.append(Line(model, sizes, [*map(statistics.fmean, ppls)], stds=stds, runs=runs))
+    return lines
+
+
+def _trained_bytes(record: Record) -> int:
+    return cache_bytes(LanguageModelConfig.from_dict(record.recipe["model"]), record.recipe["data"]["seq_len"])
+
+
+def _panel(title: str, lines: Sequence[Line], missing: Sequence[tuple[str, float]] = ()) -> Figure:
     also = (PRINTED_AXIS, 1 / HALF.itemsize / MILLION)
     x, y = Axis(AXIS, unit="B", also=also), Axis("Best validation perplexity", "linear")
-    return Figure(title, x, y, lines, size=(6.5, 5.2))
+    return Figure(title, x, y, lines, missing, size=(6.5, 5.2), command=COMMAND, paper_corpus=CORPUS)
 
 
 def _row(row: PaperRow) -> Row:

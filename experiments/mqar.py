@@ -18,7 +18,7 @@ from rodimus_lab.experiment import BudgetName, TrainAll, choose_budget, experime
 from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.zoo import MODELS, Size, model_config, slug
 from rodimus_lab.recipe import BudgetConfig, OptimizerConfig, Recipe, ScheduleConfig
-from rodimus_lab.records import Record, load_records
+from rodimus_lab.records import Record, count_text, load_records
 from rodimus_lab.report import FIGURES, NOT_RUN, Axis, Cell, Column, Figure, Line, PaperResults, Table, tell_points
 from rodimus_lab.report.recall import EXPANSION_FIELDS, METRIC, Best, best_points, spread_over_seeds, too_close
 from rodimus_lab.scoring import Precision
@@ -231,12 +231,13 @@ def _register_figure_6(seq_len: int) -> None:
         """Figure 6 at one length: accuracy by width, of runs at the paper's budget."""
         points = {(b.model, b.width): b for b in _full(records) if _in_6(b) and b.seq_len == seq_len}
         return _figure(
-            f"MQAR, {seq_len} tokens, {PAPER_PAIRS[seq_len]} pairs",
+            f"Figure 6. MQAR, {seq_len} tokens, {PAPER_PAIRS[seq_len]} pairs",
             "Width d",
             [(one, WIDTHS) for one in FIGURE_6_MODELS],
             points,
             RATES["6"],
             quoted=[],
+            command=f"rodimus-lab mqar --length {seq_len} --budget paper",
         )
 
 
@@ -253,12 +254,13 @@ def draw_figure_1b(records: Sequence[Record], paper: PaperResults) -> Figure:
         xs, ys = ([float(str(row[name])) for row in rows] for name in ("expansion", "accuracy"))
         quoted.append(Line(one, xs, ys, sources=["paper, read by eye"] * len(rows), quoted=True))
     return _figure(
-        f"MQAR, {LONG} tokens, {PAPER_PAIRS[LONG]} pairs, d = {LONG_WIDTH}",
+        f"Figure 1b. MQAR, {LONG} tokens, {PAPER_PAIRS[LONG]} pairs, d = {LONG_WIDTH}",
         "State expansion n",
         [(one, EXPANSIONS) for one in FIGURE_1B_MODELS],
         {(b.model, b.expansion): b for b in _full(records) if _in_1b(b)},
         RATES["1b"],
         quoted=quoted,
+        command="rodimus-lab mqar --figure 1b --budget paper",
     )
 
 
@@ -289,6 +291,7 @@ def _figure(
     points: Mapping[Any, Best],
     rates: Sequence[float],
     quoted: Sequence[Line],
+    command: str,
 ) -> Figure:
     """A point is the best of its rates; those of fewer than all `rates` so far are named."""
     lines, missing = list(quoted), []
@@ -299,11 +302,12 @@ def _figure(
             best = [points[name, x] for x in run]
             sources = [f"{'; '.join(run.id for run in b.runs)} at rate {b.lr:g}" for b in best]
             stds = [spread_over_seeds(b.runs) for b in best]
-            lines.append(Line(name, run, [b.accuracy for b in best], sources=sources, stds=stds))
+            lines.append(Line(name, run, [b.accuracy for b in best], sources, stds=stds, runs=[b.runs for b in best]))
     started = [(name, x) for name, xs in wanted for x in xs if (name, x) in points]
     partly = tell_points(key for key in started if not set(rates) <= set(points[key].by_rate))
     remark = f"not all of {len(rates)} learning rates yet: {partly}" if partly else ""
-    return Figure(title, Axis(x_label, "log2"), Axis("Accuracy", "share"), lines, missing, remark=remark)
+    x, y = Axis(x_label, "log2"), Axis("Accuracy", "share")
+    return Figure(title, x, y, lines, missing, remark=remark, command=command)
 
 
 def _columns(
@@ -316,7 +320,7 @@ def _columns(
         (Column("Accuracy (%)", "higher"), [_accuracy(best.runs if best else None, budget) for best in found]),
         (
             Column("Best rate"),
-            [Cell(f"{best.lr:g}" if best else None, source="computed", missing="") for best in found],
+            [Cell(f"{best.lr:g}" if best else None, missing="") for best in found],
         ),
     ]
     for rate in rates:
@@ -337,6 +341,14 @@ def _accuracy(runs: Sequence[Record] | None, budget: str) -> Cell:
         corpus="mqar",
         budget=budget,
         device="; ".join(dict.fromkeys(run.device for run in runs)),
+        note="; ".join(dict.fromkeys(map(_trained, runs))),
         std=statistics.stdev(accuracies) if len(runs) > 1 else None,
         count=len(runs),
     )
+
+
+def _trained(run: Record) -> str:
+    """How far it was trained: steps differ with the length, and a run ends early where nothing is left to learn."""
+    metrics = run.metrics
+    read = f", {count_text(metrics['tokens'])} tokens" if metrics.get("tokens") else ""
+    return f"{metrics.get('steps', run.budget['steps']):,} steps, batch {run.budget['batch_size']}{read}"

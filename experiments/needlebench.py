@@ -1,13 +1,14 @@
 """NeedleBench: how well a trained model finds what stands in a long text (Section 4.2, D.8; Figures 5 and 9 to 14).
 
 `rodimus-lab needlebench RUN` scores a run and keeps the scores as a record of the experiment `needlebench`, cell by
-cell, so that an interrupted one goes on. The heat maps of Figures 9 to 14 are drawn of each record, Figure 5 and a
-table of all of them.
+cell, so that an interrupted one goes on. Heat maps are drawn of each record, those of the paper's models as Figures 9
+to 14; Figure 5 and a table are of all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -43,12 +44,14 @@ from rodimus_lab.report import (
     HeatMap,
     Line,
     Metric,
+    NotRun,
     Panels,
     PaperResults,
     Table,
     paper_vs_measured,
     write_figure,
 )
+from rodimus_lab.report.artefacts import PAPER, belongs
 from rodimus_lab.train.progress import Progress
 
 TASKS = get_args(Task)
@@ -59,6 +62,21 @@ NAMES = {
     "multi_retrieval": "Multi-needle retrieval",
     "multi_reasoning": "Multi-needle reasoning",
     "overall": "Overall",
+}
+# The models of Figures 9 to 14 in their order, and how records of them may be labelled.
+MODELS = {
+    "Mamba-1.4B": ("mamba-1.4b", "mamba-1.4b-hf"),
+    "Mamba2-1.3B": ("mamba2-1.3b", "mamba2-1.3b-hf"),
+    "Rodimus-1.4B": ("rodimus-1.4b",),
+    "Pythia-1.4B": ("pythia-1.4b",),
+    "Rodimus+-1.6B": ("rodimus_plus-1.6b", "rodimus-plus-1.6b"),
+    "Rodimus+-1.6B-4K": ("rodimus_plus-1.6b-4k", "rodimus-plus-1.6b-4k"),
+}
+COMMAND = "rodimus-lab needlebench RUN"
+FOLDER = "RUN is a trained run of the model or a folder with its weights."
+NEEDS = {
+    "Pythia-1.4B": "RUN is a folder with Pythia's weights, a GPT-NeoX, which this project does not read yet.",
+    "Rodimus+-1.6B-4K": "RUN is a checkpoint of training at a context of 4K; the paper's are not published.",
 }
 LENGTH, DEPTH, SCORE = "Length (tokens)", "Depth (%)", "Score"
 
@@ -266,7 +284,7 @@ def heat_maps(record: Record) -> Panels:
         if task in grids
     ]
     measured = f"lengths in tokens of {record.recipe['length_tokenizer']['name']}"
-    return Panels(f"NeedleBench, {record.id} ({record.corpus}, {record.budget_text}; {measured})", parts)
+    return Panels(f"NeedleBench, {record.id}", parts, remark=measured, runs=[record])
 
 
 def _maps(records: Sequence[Record]) -> list[Record]:
@@ -276,7 +294,7 @@ def _maps(records: Sequence[Record]) -> list[Record]:
 
 @FIGURES.register("needlebench")
 def figures_9_to_14(records: Sequence[Record], paper: PaperResults) -> Mapping[str, Drawing]:
-    """Heat maps of every record."""
+    """Heat maps of every record, whatever its model."""
     return {record.id: heat_maps(record) for record in _maps(records)}
 
 
@@ -285,24 +303,47 @@ def figure_5(records: Sequence[Record], paper: PaperResults) -> Panels:
     """The mean over depths against the length: the paper's one model with printed numbers, and each of our records."""
     printed = paper.figure("05")
     axes = Axis(LENGTH, "linear", unit=""), Axis(SCORE, "linear")
+    scored = {record.label for record in _maps(records)}
+    absent = [model for model, labels in MODELS.items() if not scored & {*labels}]
+    missing = [(model, float(length)) for model in absent for length in PRESETS["16k"]]
     panels = []
     for task, name in NAMES.items():
         drawn = []
         for model in dict.fromkeys(str(row["model"]) for row in printed):
             rows = [row for row in printed if (row["model"], row["task"]) == (model, task)]
             points = [(1000 * k, row["score"]) for row in rows if isinstance(k := row["context_k"], int | float)]
-            drawn.append(_line(model, points, "paper", quoted=True))
+            drawn.append(_line(model, points))
         for record in _maps(records):
             means = by_length(record.metrics["grids"].get(task, []))
-            drawn.append(_line(record.id, list(zip(record.recipe["spec"]["lengths"], means, strict=False)), record.id))
-        panels.append(Figure(name, *axes, [line for line in drawn if line.xs]))
-    return Panels("NeedleBench: mean over depths", panels)
+            drawn.append(_line(record.id, list(zip(record.recipe["spec"]["lengths"], means, strict=False)), record))
+        lines = [line for line in drawn if line.xs]
+        panels.append(Figure(name, *axes, lines, missing, size=(6.5, 4.2), command=COMMAND))
+    return Panels("Figure 5. NeedleBench: mean over depths", panels)
 
 
-def _line(name: str, points: Sequence[tuple[Any, Any]], source: str, *, quoted: bool = False) -> Line:
-    """The points that have a score."""
+def _line(name: str, points: Sequence[tuple[Any, Any]], run: Record | None = None) -> Line:
+    """The points that have a score, the paper's where there is no run."""
     there = [(x, float(y)) for x, y in points if y is not None]
-    return Line(name, [x for x, _ in there], [y for _, y in there], [source] * len(there), quoted)
+    xs, ys = [x for x, _ in there], [y for _, y in there]
+    if run is None:
+        return Line(name, xs, ys, ["paper"] * len(there), quoted=True)
+    return Line(name, xs, ys, runs=[[run]] * len(there))
+
+
+def _register_map(name: str, model: str) -> None:
+    @FIGURES.register(name)
+    def draw(records: Sequence[Record], paper: PaperResults) -> Drawing:
+        """The heat maps of one of the paper's models, of the last record that names it."""
+        artefact = next(one for one in PAPER if belongs(name, one))
+        title = f"{artefact.label}. {artefact.title}"
+        own = [record for record in _maps(records) if record.label in MODELS[model]]
+        if not own:
+            return NotRun(title, COMMAND, NEEDS.get(model, FOLDER))
+        return replace(heat_maps(max(own, key=lambda record: (record.finished, record.id))), title=title)
+
+
+for _number, _model in enumerate(MODELS, 9):
+    _register_map(f"figure{_number:02d}", _model)
 
 
 @report("needlebench", experiments=(EXPERIMENT,))

@@ -40,7 +40,7 @@ NEEDS = {
     "figure9": "Scores published weights.",
     "figure10": "Scores published weights.",
     "figure11": "Scores a trained model; the training is Table 2's.",
-    "figure12": "Scores published weights.",
+    "figure12": "Scores published weights; Pythia is a GPT-NeoX, which this project does not read yet.",
     "figure13": "Scores a trained model; the training is Table 2's.",
     "figure14": "Scores checkpoints that are not published.",
     "table11": "Scores trained and published weights; the training is Table 2's.",
@@ -94,7 +94,7 @@ def write_page() -> None:
 def _row(artefact: Artefact) -> str:
     spent = trainings().get(artefact.name)
     commands = ", ".join(f"`{command}`" for command in _commands(artefact))
-    said = {"settings": "Settings that recipes carry.", "drawing": "A drawing."}.get(artefact.sort, "")
+    said = {"settings": "Settings that recipes carry.", "drawing": "Drawn from the code."}.get(artefact.sort, "")
     note = NEEDS.get(artefact.name, said)
     by_host = artefact.name in ("figure1b", "figure6")
     cells = [

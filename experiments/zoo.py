@@ -63,6 +63,7 @@ Written by `make zoo` from the code and the paper's Table 4; a test holds it to 
 its config and its presets. All models are rows of `rodimus-lab params` and are held to one contract
 (`tests/nn/test_nn_contract.py`).
 """
+COMPUTED = "the models as the code builds them, without weights"
 STATES = """\
 ## States against the context
 
@@ -126,6 +127,7 @@ def table4(records: Sequence[Record], paper: PaperResults) -> Table:
             "Hawk's A_t and B_t stand as the paper prints them, the other way round than in the RG-LRU, where "
             "a^(c · σ(g_t)) is the decay; its width is Griffin's 4d/3, rounded up, and not d.",
         ],
+        computed=COMPUTED,
     )
 
 
@@ -134,7 +136,7 @@ def others() -> Table:
     load_plugins()
     elsewhere = {row["model"] for row in PaperResults().table(4)} | set(BEYOND)
     names = [name for name in MODELS if name not in elsewhere]
-    return Table.of("The rest of the zoo", _columns(names), [_at_size()])
+    return Table.of("The rest of the zoo", _columns(names), [_at_size()], computed=COMPUTED)
 
 
 def beyond() -> Table:
@@ -155,6 +157,7 @@ def beyond() -> Table:
             f"{_at_size()} n × m is read from the real memory at the {SIZE.name} size (d = {SIZE.d_model:,}), all "
             "heads together.",
         ],
+        computed=COMPUTED,
     )
 
 
@@ -187,12 +190,14 @@ def _at_size() -> str:
 def state_bytes(records: Sequence[Record], paper: PaperResults) -> Figure:
     """Every model's state against the context: constant, full from some context on, or growing."""
     load_plugins()
-    lines = [Line(name, GROWING, state_sizes(name, GROWING, size=SIZE.name)) for name in MODELS]
+    told = ["computed"] * len(GROWING)
+    lines = [Line(name, GROWING, state_sizes(name, GROWING, size=SIZE.name), told) for name in MODELS]
     return Figure(
         f"State of one sequence at the {SIZE.name} size, in bfloat16",
         Axis("Context (tokens)", "log2"),
         Axis("State (bytes)", unit="B"),
         lines,
+        remark="computed from the states that each model makes, without weights; nothing was trained",
     )
 
 

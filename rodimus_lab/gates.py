@@ -23,7 +23,7 @@ from rodimus_lab.report import HeatMap, Panels
 GATES = "gates.jsonl"  # In a record's folder: a line for each token with g, tau and, of a run without tau, its g.
 DIGITS = 5
 WITHOUT = ", trained without tau"
-TITLE = "The gates of a trained layer over a sentence (Figure 8)"
+TITLE = "Figure 8. The gates of a trained layer over a sentence"
 
 
 class LayerGates(NamedTuple):
@@ -106,7 +106,7 @@ def heat_maps(reading: Reading, note: str) -> Panels:
         HeatMap(title, "token", "dimension", reading.tokens, range(gate_Tn.shape[1]), _rounded(gate_Tn.T), size=size)
         for title, gate_Tn in reading.maps.items()
     ]
-    return Panels(TITLE, parts, note=note)
+    return Panels(TITLE, parts, remark=note)
 
 
 def write_gates(folder: Path, reading: Reading) -> None:

@@ -104,8 +104,19 @@ class Record:
 
     @property
     def budget_text(self) -> str:
-        """The budget in words, such as `short budget 1,500 of 25,000 steps, batch 256`."""
-        return describe_budget(self.budget)
+        """The budget in words, such as `short budget 1,500 of 25,000 steps, batch 256, 197M tokens`."""
+        return describe_budget(self.budget, self.tokens)
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that the budget stands for: its steps of rows of one length; of a model that was scored, those that it
+        was trained on. None where the rows have no one length, or nothing is known."""
+        data = self.recipe.get("data") or {}
+        rows = data.get("train") or [data if "seq_len" in data else self.recipe]
+        lengths = {one.get("seq_len") for one in rows}
+        if len(lengths) > 1 or None in lengths or not self.budget.get("batch_size"):
+            return self.metrics.get("trained_tokens")
+        return self.budget["steps"] * self.budget["batch_size"] * lengths.pop()
 
 
 @dataclass(frozen=True)
@@ -120,8 +131,8 @@ class UnfinishedRun:
     path: Path
 
 
-def describe_budget(budget: Mapping[str, Any]) -> str:
-    """A recipe's budget in words; a fraction of the paper's steps is told as one.
+def describe_budget(budget: Mapping[str, Any], tokens: int | None = None) -> str:
+    """A recipe's budget in words, with its tokens where they are given; a fraction of the paper's steps is told as one.
 
     Weights that others trained have no steps. `scored` says what of the test items counts, and where they are from.
     """
@@ -129,8 +140,17 @@ def describe_budget(budget: Mapping[str, Any]) -> str:
     of = "" if paper_steps in (None, steps) else f" of {paper_steps:,}"
     batch = f", batch {budget['batch_size']:,}" if budget.get("batch_size") else ""
     scored = f", {budget['scored']}" if budget.get("scored") else ""
-    trained = f" budget {steps:,}{of} steps{batch}" if steps else ""
+    read = f", {count_text(tokens)} tokens" if tokens else ""
+    trained = f" budget {steps:,}{of} steps{batch}{read}" if steps else ""
     return f"{budget['name']}{trained}{scored}"
+
+
+def count_text(count: float) -> str:
+    """Three digits and a power of a thousand: 131M, 3.28B."""
+    for letter, worth in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= 0.9995 * worth:
+            return f"{float(f'{count / worth:.3g}'):g}{letter}"
+    return f"{count:g}"
 
 
 class RunDir:

@@ -111,7 +111,11 @@ def test_build_model_takes_a_size_a_vocabulary_and_overrides():
 
 def test_runs(cli, smoke_run):
     (run,) = json.loads(cli("runs", "--json").out)
-    assert (run["id"], run["budget"], run["corpus"]) == (smoke_run.id, "smoke budget 4 steps, batch 8", "pydoc")
+    assert (run["id"], run["budget"], run["corpus"]) == (
+        smoke_run.id,
+        "smoke budget 4 steps, batch 8, 8.19k tokens",
+        "pydoc",
+    )
     (smoke_run.root / "runs" / "wikitext103" / smoke_run.id / "record.json").unlink()
     (run,) = json.loads(cli("runs", "--json").out)
     assert (run["finished"], run["step"]) == (None, 4)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.gates import figure_8
+from experiments.gates import COMMAND, figure_8
 from rodimus_lab.errors import UserError
 from rodimus_lab.gates import GATES, LayerGates, Reading, heat_maps, layer_gates, read_gates, write_gates
 from rodimus_lab.nn import rodimus as module
@@ -110,7 +110,7 @@ def without_tau(run) -> Path:
 
 def test_figure_8_is_drawn_of_the_records(cli, smoke_run) -> None:
     pytest.importorskip("matplotlib")
-    assert figure_8(load_records(), PaperResults()) == {}
+    assert figure_8(load_records(), PaperResults()).rows()[1][1:3] == ("not run", COMMAND)
     other = without_tau(smoke_run)
     notes = []
     for arguments in (["--beside", other], [], []):
@@ -122,9 +122,13 @@ def test_figure_8_is_drawn_of_the_records(cli, smoke_run) -> None:
         assert (kept.label, kept.corpus, kept.tokenizer) == (trained.label, trained.corpus, trained.tokenizer)
         assert (kept.budget, kept.device, kept.recipe["layer"]) == (trained.budget, "cpu", 2)
         alone = figure_8([kept], PaperResults())
-        assert alone.note.startswith(f"g^tau and exp(-g tau): wikitext103/{smoke_run.id} (pydoc standing in for wiki")
-        assert f"{trained.budget_text})" in alone.note
-        assert alone.note.endswith(f"Rodimus layer 2 of 4; tokens of pydoc-4096, read on cpu; record {kept.id}")
+        assert alone.note.startswith(f"{kept.id}: pydoc standing in for wikitext-103, pydoc-4096 tokens, smoke budget ")
+        assert f"g^tau and exp(-g tau): wikitext103/{smoke_run.id} (pydoc standing in for wiki" in alone.note
+        assert alone.note.endswith("Rodimus layer 2 of 4; tokens of pydoc-4096, read on cpu")
+        beside_it = figure_8([kept, trained], PaperResults()).note
+        assert (
+            f"{trained.id}: pydoc standing in for wikitext-103, pydoc-4096 tokens, {trained.budget_text}" in beside_it
+        )
         drawn = list(csv.reader((smoke_run.root / "gates" / f"{smoke_run.id}.csv").read_text().splitlines()))
         assert [row[:4] for row in drawn] == [[str(cell) for cell in row[:4]] for row in alone.rows()]
         written, again = ([float(row[4]) for row in rows[1:]] for rows in (drawn, alone.rows()))

@@ -1,7 +1,10 @@
 """Reports: tables and figures made of run records and of the paper's numbers. Needs neither torch nor a GPU."""
 
+from rodimus_lab.report.absent import NotRun
 from rodimus_lab.report.artefacts import quoted_tables
+from rodimus_lab.report.caption import told_runs
 from rodimus_lab.report.comparison import NOT_RUN, Metric, paper_vs_measured
+from rodimus_lab.report.diagram import Box, Diagram, Wire, diagrams_of
 from rodimus_lab.report.figure import (
     FIGURES,
     Axis,
@@ -28,18 +31,23 @@ __all__ = [
     "NOT_RUN",
     "Axis",
     "Band",
+    "Box",
     "Cell",
     "Column",
+    "Diagram",
     "Drawing",
     "Figure",
     "HeatMap",
     "Line",
     "Metric",
+    "NotRun",
     "Panels",
     "PaperResults",
     "PaperRow",
     "Printed",
     "Table",
+    "Wire",
+    "diagrams_of",
     "overlaps",
     "paper_table",
     "paper_vs_measured",
@@ -51,6 +59,7 @@ __all__ = [
     "to_csv",
     "to_latex",
     "to_markdown",
+    "told_runs",
     "with_order",
     "write",
     "write_figure",

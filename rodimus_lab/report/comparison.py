@@ -57,6 +57,7 @@ def paper_vs_measured(
     notes: Sequence[str] = (),
     section: str | None = None,
     missing: str = MISSING,
+    computed: str = "",
 ) -> Table:
     """One row for each of `paper_rows`, in order, then one for each model that only we ran.
 
@@ -65,7 +66,8 @@ def paper_vs_measured(
     names. Runs that differ in the seed only become mean and standard deviation. Other runs that meet in one cell get
     a row each, with the settings that tell them apart. `per_device` keeps devices apart, as speeds need. `section` is
     the paper's column that parts the table; models that only we ran are a part of their own. Where nothing was run
-    a cell says so; a number that a run or the paper does not give is `missing`. Raises `ValueError` where
+    a cell says so; a number that a run or the paper does not give is `missing`; `computed` says what the computed
+    numbers of `given` come from. Raises `ValueError` where
     `key` does not tell the paper's rows apart.
     """
     papers: dict[Key, PaperRow] = {}
@@ -129,7 +131,10 @@ def paper_vs_measured(
     if any(text for _, text in rows):
         columns.insert(len(headings), (Column("Settings"), [Cell(text or None) for _, text in rows]))
     sections = [str(papers.get(row, {}).get(section) or "") for row, _ in rows] if section else ()
-    return Table.of(title, columns, notes, caption=caption, paper_corpus=paper_corpus, sections=sections)
+    said = [*notes, *([] if rows else ["Not run yet."])]
+    return Table.of(
+        title, columns, said, caption=caption, paper_corpus=paper_corpus, sections=sections, computed=computed
+    )
 
 
 def _measured(runs: Sequence[Record], metric: Metric, missing: str) -> Cell:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rodimus_lab.errors import UserError
-from rodimus_lab.report.figure import HOUSE, style_of
+from rodimus_lab.report.style import HOUSE, style_of
 
 
 def draw_curves(curves: Sequence[tuple[str, Any]], label: str) -> Any:

@@ -14,51 +14,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 from typing import Any, Literal, TypeAlias
-from zlib import crc32
 
 from rodimus_lab.errors import UserError
 from rodimus_lab.records import Record, figures_root, load_records, write_atomic
 from rodimus_lab.registry import Registry, load_plugins
+from rodimus_lab.report.absent import NotRun, say_not_run
+from rodimus_lab.report.caption import told_runs
+from rodimus_lab.report.diagram import Diagram
 from rodimus_lab.report.heat_map import HeatMap, wrap_title
 from rodimus_lab.report.paper import PaperResults
+from rodimus_lab.report.style import HOUSE, mark, shade_of, style_of
 from rodimus_lab.report.table import check_name
 
-# Okabe and Ito's colours, which the colour-blind tell apart; without yellow, which is faint on white. One a family, and
-# in it a marker a model.
-FAMILIES = {
-    "#0072B2": ("rodimus", "rodimus+"),
-    "#D55E00": ("transformer", "transformer++", "transformer++-swa", "llama3", "streaming_llm"),
-    "#009E73": ("linear_attention", "gla", "gla-table1", "retnet", "gretnet", "hgrn2", "gated_deltanet", "kda"),
-    "#000000": ("s4d", "mamba", "mamba2", "mamba3", "samba"),
-    "#CC79A7": ("rwkv4", "rwkv6", "rwkv7"),
-    "#E69F00": ("hgrn", "hawk", "griffin"),
-}
-OTHERS = "#56B4E9"
-MARKERS = "os^DvPX*"
-HOUSE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4.5,
-    "savefig.dpi": 150,
-}
 # What the files would else say of when and by which version they were drawn.
 UNDATED = {
     "svg": {"Date": None, "Creator": None},
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     "png": {"Software": None},
 }
+PROVENANCE = ("corpus", "budget", "device")  # beside a measured point
+MARGIN = 0.03  # beyond the points, as a part of an axis
+NOTE_LETTERS = 14  # in an inch of a note
 LABEL_GAP = 0.042  # between the names at the right, as a part of the height
 
 
 @dataclass(frozen=True)
 class Line:
-    """The points of one model. `sources` say point by point where each is from; `quoted` ones are the paper's, drawn
-    pale and behind ours. `stds` are the standard deviations over seeds, 0 where there is one seed, drawn as a band."""
+    """The points of one model. `sources` say point by point where each is from, and `runs` which runs stand behind it;
+    `quoted` ones are the paper's, drawn pale and behind ours. `stds` are the standard deviations over seeds, 0 where
+    there is one seed, drawn as a band. A line of no model has a `shade`, from 0 to 1, in place of a model's colour."""
 
     name: str
     xs: Sequence[float]
@@ -66,6 +50,19 @@ class Line:
     sources: Sequence[str] = ()
     quoted: bool = False
     stds: Sequence[float] = ()
+    runs: Sequence[Sequence[Record]] = ()
+    shade: float | None = None
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """Colour and marker for matplotlib."""
+        return style_of(self.name) if self.shade is None else shade_of(self.shade)
+
+    def told(self) -> list[tuple[str, ...]]:
+        """Point by point its source, and the corpora, budgets and devices of its runs."""
+        sources = self.sources or ["; ".join(run.id for run in runs) for runs in self.runs] or [""] * len(self.xs)
+        runs = self.runs or [()] * len(self.xs)
+        return [(source, *_provenance(some)) for source, some in zip(sources, runs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,10 @@ class Axis:
     scale: Literal["log2", "log", "tight", "linear", "share"] = "log"
     unit: str | None = None
     also: tuple[str, float] | None = None
+
+    @property
+    def is_linear(self) -> bool:
+        return self.scale in ("linear", "share")
 
 
 @dataclass(frozen=True)
@@ -102,95 +103,117 @@ class Band:
         axes.fill_between(self.xs, self.lows, self.highs, color=colour, alpha=0.12, linewidth=0)
 
 
-def tell_points(points: Iterable[tuple[str, float]], whole: Set[str] = frozenset()) -> str:
-    """(name, x) in words, such as "a, b at 1, 2"; of those that are `whole` the name alone."""
+def tell_points(points: Iterable[tuple[str, float | None]], whole: Set[str] = frozenset()) -> str:
+    """(name, x) in words, such as "a, b at 1, 2"; of those that are `whole`, or at no x, the name alone."""
     at: dict[str, list[str]] = {}
     for name, x in points:
-        at.setdefault(name, []).append(f"{x:g}")
-    return ", ".join(name if name in whole else f"{name} at {', '.join(xs)}" for name, xs in at.items())
+        at.setdefault(name, []).extend([] if x is None else [f"{x:g}"])
+    return ", ".join(f"{name} at {', '.join(xs)}" if xs and name not in whole else name for name, xs in at.items())
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Lines over two axes. `missing` are points that are not there: (name, x); `remark` is what else has to be known.
-    Points with a band are not joined."""
+    """Lines over two axes. `missing` are points that are not there: (name, x or None where it is not known), and
+    `command` is what would run them; `remark` is what else has to be known, any corpus but `paper_corpus` a stand-in.
+    Points with a band are not joined. Where there is no line at all it says "not run"."""
 
     title: str
     x: Axis
     y: Axis
     lines: Sequence[Line]
-    missing: Sequence[tuple[str, float]] = ()
+    missing: Sequence[tuple[str, float | None]] = ()
     size: tuple[float, float] = (7.5, 5.0)
     bands: Sequence[Band] = ()
     remark: str = ""
+    command: str = ""
+    paper_corpus: str | tuple[str, ...] | None = None
 
     @property
     def note(self) -> str:
-        """What has to be known beside the lines: which are quoted, what was not run, and the remark."""
-        parts = ["dashed and pale: the paper's"] if any(line.quoted for line in self.lines) else []
+        """What has to be known beside the lines: which are quoted, the runs behind the others with their conditions,
+        what was not run, and the remark."""
+        quoted = [line for line in self.lines if line.quoted]
+        by_eye = ", read by eye" if any("by eye" in source for line in quoted for source in line.sources) else ""
+        parts = [f"dashed and pale: the paper's{by_eye}"] if quoted else []
+        told = told_runs((run for line in self.lines for some in line.runs for run in some), self.paper_corpus)
+        parts += [told] if told else []
+        parts += ["shaded: one standard deviation over seeds"] if any(any(line.stds) for line in self.lines) else []
         parts += ["shaded: where the fitted law lies with 95 % confidence"] if self.bands else []
         drawn = {line.name for line in self.lines if not line.quoted}
         absent = tell_points(self.missing, whole={name for name, _ in self.missing} - drawn)
-        parts += [f"not run: {absent}"] if absent else []
+        parts += [f"not run: {absent}{f' ({self.command})' if self.command else ''}"] if absent else []
         return "; ".join([*parts, *([self.remark] if self.remark else [])])
 
     def rows(self) -> list[tuple[Any, ...]]:
-        """The points below their header, with their sources where there are any; one that is missing has no y. Fitted
-        laws follow, with their limits in two more columns."""
-        points = [(line.name, x, y) for line in self.lines for x, y in zip(line.xs, line.ys, strict=True)]
-        header: tuple[str, ...] = ("name", self.x.label, self.y.label)
-        rows: list[tuple[Any, ...]] = [*points]
-        if self.missing or any(line.sources for line in self.lines):
-            header += ("source",)
-            sources = [source for line in self.lines for source in line.sources or [""] * len(line.xs)]
-            rows = [(*point, source) for point, source in zip(points, sources, strict=True)]
-            rows += [(name, x, "", "not run") for name, x in self.missing]
+        """The points below their header, with source, corpus, budget and device where there are any; one that is
+        missing has no y. Fitted laws follow, with their limits in two more columns."""
+        header: tuple[str, ...] = ("name", self.x.label, self.y.label, "source", *PROVENANCE)
+        rows: list[tuple[Any, ...]] = [
+            (line.name, x, y, *told)
+            for line in self.lines
+            for x, y, told in zip(line.xs, line.ys, line.told(), strict=True)
+        ]
+        rows += [(name, "" if x is None else x, "", "not run", "", "", "") for name, x in self.missing]
+        used = max((index for row in rows for index, value in enumerate(row) if value != ""), default=3) + 1
+        header, rows = header[: max(3, used)], [row[: max(3, used)] for row in rows]
         if not self.bands:
             return [header, *rows]
-        source = ("fit",) * (len(header) - 3)
+        source = ("fit", "", "", "")[: len(header) - 3]
         laws = [row for band in self.bands for row in band.rows(source)]
         return [(*header, "low", "high"), *((*row, "", "") for row in rows), *laws]
 
     def paint(self, canvas: Any) -> None:
         """Draw into a matplotlib figure or a part of one."""
-        axes = canvas.add_subplot(title=self.title)
-        xs = sorted({x for line in self.lines for x in line.xs} | {x for _, x in self.missing})
+        axes = canvas.add_subplot(title=wrap_title(self.title, self.size[0]))
+        xs = sorted({x for line in self.lines for x in line.xs} | {x for _, x in self.missing if x is not None})
+        _write_note(canvas, self.note, self.size[0])
         for axis, ticks, set_scale in ((self.x, axes.xaxis, axes.set_xscale), (self.y, axes.yaxis, axes.set_yscale)):
-            set_scale("linear" if axis.scale in ("linear", "share") else "log")
+            set_scale("linear" if axis.is_linear else "log")
             ticks.set_label_text(axis.label)
+        if not self.lines:
+            say_not_run(axes, self.command)
+            return
         fitted = {band.name for band in self.bands}
         for line in self.lines:
             pale: dict[str, Any] = {"alpha": 0.4, "linestyle": "--", "zorder": 1.9} if line.quoted else {}
             loose = {"linestyle": "none"} if not pale and line.name in fitted else {}
-            axes.plot(line.xs, line.ys, **style_of(line.name), **pale, **loose, clip_on=False)
+            axes.plot(line.xs, line.ys, **line.style, **pale, **loose, clip_on=False)
             if any(line.stds):
                 low, high = ([y + sign * std for y, std in zip(line.ys, line.stds, strict=True)] for sign in (-1, 1))
-                axes.fill_between(line.xs, low, high, color=style_of(line.name)["color"], alpha=0.15, linewidth=0)
+                axes.fill_between(line.xs, low, high, color=line.style["color"], alpha=0.15, linewidth=0)
         for band in self.bands:
             band.paint(axes)
-        if self.missing and len(xs) > 1:
-            axes.set_xlim(xs[0], xs[-1])
-        for axis, ticks, set_limits in ((self.x, axes.xaxis, axes.set_xlim), (self.y, axes.yaxis, axes.set_ylim)):
-            if axis.scale == "share":
-                set_limits(0, 1)
-            _mark(ticks, axis, xs)
+        axes.set_xlim(*_around(xs, linear=self.x.is_linear))
+        if self.y.scale == "share":
+            axes.set_ylim(0, 1)
+        for axis, ticks in ((self.x, axes.xaxis), (self.y, axes.yaxis)):
+            mark(ticks, axis.scale, axis.unit, xs)
         if self.x.also is not None:
             label, worth = self.x.also
-            axes.secondary_xaxis("top", functions=(lambda x: x * worth, lambda x: x / worth)).set_xlabel(label)
+            above = axes.secondary_xaxis("top", functions=(lambda x: x * worth, lambda x: x / worth))
+            above.set_xlabel(label)
+            mark(above.xaxis, self.x.scale, None, [x * worth for x in xs])
         ours = {line.name for line in self.lines if not line.quoted}
         _name_lines(axes, [line for line in self.lines if not line.quoted or line.name not in ours])
-        _write_note(canvas, self.note)
 
 
 @dataclass(frozen=True)
 class Panels:
-    """Figures or heat maps, so many in a row; their numbers have the same columns but for the names of the axes. `note`
-    is what has to be known beside all of them."""
+    """Figures, heat maps or diagrams, so many in a row; their numbers have the same columns but for the names of the
+    axes, and for those that only some have, which come last. `remark` is what has to be known beside all of them;
+    `runs` stand behind every part."""
 
     title: str
-    parts: Sequence[Figure | HeatMap]
+    parts: Sequence[Figure | HeatMap | Diagram]
     columns: int = 2
-    note: str = ""
+    remark: str = ""
+    runs: Sequence[Record] = ()
+    paper_corpus: str | tuple[str, ...] | None = None
+
+    @property
+    def note(self) -> str:
+        """The runs behind all parts with their conditions, and the remark."""
+        return "; ".join(filter(None, [told_runs(self.runs, self.paper_corpus), self.remark]))
 
     @property
     def size(self) -> tuple[float, float]:
@@ -201,8 +224,11 @@ class Panels:
 
     def rows(self) -> list[tuple[Any, ...]]:
         """The numbers of all parts below one header."""
-        header = ("panel", *self.parts[0].rows()[0])
-        return [header, *((part.title, *row) for part in self.parts for row in part.rows()[1:])]
+        header = max((part.rows()[0] for part in self.parts), key=len)
+        rows = [(part.title, *row, *[""] * (len(header) - len(row))) for part in self.parts for row in part.rows()[1:]]
+        names = ("source", *PROVENANCE) if self.runs else ()
+        told = [_joined(run.id for run in self.runs), *_provenance(self.runs)] if self.runs else []
+        return [("panel", *header, *names), *((*row, *told) for row in rows)]
 
     def paint(self, canvas: Any) -> None:
         """Draw into a matplotlib figure."""
@@ -211,10 +237,10 @@ class Panels:
         pieces = canvas.subfigures(-(-len(self.parts) // across), across, squeeze=False)
         for part, piece in zip(self.parts, pieces.flat, strict=False):
             part.paint(piece)
-        _write_note(canvas, self.note)
+        _write_note(canvas, self.note, self.size[0])
 
 
-Drawing: TypeAlias = Figure | HeatMap | Panels
+Drawing: TypeAlias = Figure | HeatMap | Diagram | Panels | NotRun
 MakeFigure: TypeAlias = Callable[[Sequence[Record], PaperResults], Drawing | Mapping[str, Drawing]]
 FIGURES: Registry[MakeFigure] = Registry("figure")
 
@@ -269,67 +295,51 @@ def draw(figure: Drawing, salt: str) -> dict[str, bytes]:
     return files
 
 
-def _write_note(canvas: Any, note: str) -> None:
-    """At the foot of a figure, or of a part of one."""
+def _write_note(canvas: Any, note: str, inches: float) -> None:
+    """At the foot of a figure, or of a part of one, so many inches wide."""
     if note:
-        canvas.supxlabel(fill(note, 110), fontsize="small", x=0.02, ha="left")
+        canvas.supxlabel(fill(note, int(NOTE_LETTERS * inches)), fontsize="small", x=0.02, ha="left")
 
 
-def _mark(ticks: Any, axis: Axis, xs: Sequence[float]) -> None:
-    """The numbers along an axis."""
-    from matplotlib.ticker import (
-        EngFormatter,
-        FixedLocator,
-        FuncFormatter,
-        MaxNLocator,
-        NullFormatter,
-        NullLocator,
-        PercentFormatter,
-    )
-
-    if axis.scale == "log2":
-        ticks.set_major_locator(FixedLocator(xs))
-        ticks.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
-        ticks.set_minor_locator(NullLocator())
-    elif axis.scale == "tight":
-        ticks.set_major_locator(MaxNLocator(6))
-        ticks.set_major_formatter(EngFormatter(axis.unit or ""))
-        ticks.set_minor_locator(NullLocator())
-    elif axis.scale == "share":
-        ticks.set_major_formatter(PercentFormatter(1, decimals=0))
-    elif axis.unit is not None:
-        ticks.set_major_formatter(EngFormatter(axis.unit))
-        ticks.set_minor_formatter(NullFormatter())
+def _provenance(runs: Sequence[Record]) -> list[str]:
+    """The columns of `PROVENANCE`."""
+    told = ((run.corpus, run.budget_text, run.device) for run in runs)
+    return [*map(_joined, zip(*told, strict=True))] or [""] * len(PROVENANCE)
 
 
-def style_of(name: str) -> dict[str, Any]:
-    """Colour and marker of a model, in every figure the same."""
-    colour = next((colour for colour, names in FAMILIES.items() if name in names), OTHERS)
-    number = crc32(name.encode()) if colour == OTHERS else FAMILIES[colour].index(name)
-    return {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markerfacecolor": "white"}
+def _joined(texts: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(texts))
+
+
+def _around(xs: Sequence[float], *, linear: bool) -> tuple[float, float]:
+    """Limits a little wider than the points, whose markers would else lie on the axis."""
+    low, high = xs[0], xs[-1]
+    if linear:
+        room = MARGIN * ((high - low) or abs(high) or 1)
+        return low - room, high + room
+    room = max((high / low) ** MARGIN, 1.1)
+    return low / room, high * room
 
 
 def _name_lines(axes: Any, lines: Sequence[Line]) -> None:
     """Write each line's name at the right, in its colour and near its end."""
     axes.autoscale_view()  # The limits are otherwise found only when it is drawn.
     to_height = (axes.transData + axes.transAxes.inverted()).transform
-    ends = sorted(
-        (((line.xs[-1], line.ys[-1]), line.name, " (paper)" * line.quoted) for line in lines),
-        key=lambda end: (end[0][1], end[1]),
-    )
-    heights = spread([to_height(point)[1] for point, *_ in ends], LABEL_GAP)
-    for (point, name, whose), height in zip(ends, heights, strict=True):
-        colour = style_of(name)["color"]
+    ends = sorted(lines, key=lambda line: (line.ys[-1], line.name))
+    heights = spread([to_height((line.xs[-1], line.ys[-1]))[1] for line in ends], LABEL_GAP)
+    for line, height in zip(ends, heights, strict=True):
+        colour = line.style["color"]
         leader: dict[str, Any] = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "linestyle": ":"}
         leader |= {"shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)}
         axes.annotate(
-            name + whose,
-            point,
+            line.name + " (paper)" * line.quoted,
+            (line.xs[-1], line.ys[-1]),
             (1.07, height),
             textcoords="axes fraction",
             va="center",
             color=colour,
             arrowprops=leader,
+            zorder=1.5,
         )
 
 

@@ -61,7 +61,7 @@ class HeatMap:
         axes.invert_yaxis()
         axes.grid(False)
         self._mark(axes)
-        canvas.colorbar(mesh, ax=axes, fraction=0.04, pad=0.01)
+        canvas.colorbar(mesh, ax=axes, fraction=0.04, pad=0.01, aspect=40)
         if self.scores:
             self._draw_means(axes.twinx())
 

@@ -45,8 +45,17 @@ class Point:
         return math.exp(self.loss)
 
     @property
+    def std(self) -> float:
+        """The standard deviation of the perplexity over seeds; 0 of a single run."""
+        return statistics.stdev(run.metrics[METRIC] for run in self.runs) if len(self.runs) > 1 else 0.0
+
+    @property
     def ids(self) -> str:
         return "; ".join(run.id for run in self.runs)
+
+    @property
+    def devices(self) -> str:
+        return "; ".join(dict.fromkeys(run.device for run in self.runs))
 
 
 Points = Mapping[tuple[str, str], Point]

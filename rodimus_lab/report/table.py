@@ -23,9 +23,9 @@ class Cell:
     """One value and its provenance.
 
     `value` None is missing. `digits` are those after the point; left out, a paper's number keeps its printed digits and
-    any other number all it has. A measured number must name its run (several joined by "; "), corpus and budget; `std`
-    is the sample standard deviation over `count` runs with different seeds, of which `value` is the mean; `stderr` the
-    standard error of one run's value over its test items. `missing` is what stands where there is no value.
+    any other number all it has. A measured number must name its run (several joined by "; "), corpus, budget and
+    device; `std` is the sample standard deviation over `count` runs with different seeds, of which `value` is the mean;
+    `stderr` the standard error of one run over its test items. `missing` is what stands where there is no value.
     """
 
     value: float | str | None
@@ -43,8 +43,9 @@ class Cell:
     stderr: float | None = None
 
     def __post_init__(self) -> None:
-        if self.source == "measured" and self.value is not None and not (self.run_id and self.corpus and self.budget):
-            raise ValueError(f"a measured value needs its run, corpus and budget: {self}")
+        origin = (self.run_id, self.corpus, self.budget, self.device)
+        if self.source == "measured" and self.value is not None and not all(origin):
+            raise ValueError(f"a measured value needs its run, corpus, budget and device: {self}")
         if isinstance(self.value, int | float) and not math.isfinite(self.value):
             raise ValueError(f"{self.value} is not a result; a missing value is None")
 
@@ -87,10 +88,10 @@ class Column:
 class Table:
     """Rows of cells under columns. `paper_corpus` is what the paper trained on, one or several: any other corpus is a
     stand-in, but for the unknown one of published weights. `sections` names the part of the table that each row is in:
-    best and second best are found within a part.
+    best and second best are found within a part. `computed` says what computed numbers are computed from.
 
-    Raises `ValueError` where a column mixes sources, corpora, tokenizers or budgets: such numbers are not comparable
-    and belong in separate columns.
+    Raises `ValueError` where a column mixes sources, corpora, tokenizers or budgets, as such numbers cannot be compared
+    and belong in separate columns, and where there are computed numbers and `computed` is empty.
     """
 
     title: str
@@ -100,6 +101,7 @@ class Table:
     notes: Sequence[str] = ()
     paper_corpus: str | tuple[str, ...] | None = None
     sections: Sequence[str] = ()
+    computed: str = ""
 
     @classmethod
     def of(
@@ -111,12 +113,17 @@ class Table:
         caption: str = "",
         paper_corpus: str | tuple[str, ...] | None = None,
         sections: Sequence[str] = (),
+        computed: str = "",
     ) -> Table:
         """A table by its columns, each with its cells from the first row down."""
         rows = list(zip(*(cells for _, cells in columns), strict=True))
-        return cls(title, [column for column, _ in columns], rows, caption, notes, paper_corpus, sections)
+        return cls(title, [column for column, _ in columns], rows, caption, notes, paper_corpus, sections, computed)
 
     def __post_init__(self) -> None:
+        if self._has("computed") and not self.computed:
+            raise ValueError(
+                f"the table {self.title!r} has computed numbers and does not say what they are computed from"
+            )
         if self.sections and len(self.sections) != len(self.rows):
             raise ValueError(f"{len(self.sections)} sections are named for {len(self.rows)} rows")
         for row in self.rows:
@@ -191,10 +198,15 @@ class Table:
 
     @property
     def closing_notes(self) -> tuple[str, ...]:
-        """The table's own notes, a word on the paper's numbers where there are any, and every setting in full."""
-        quoted = any(cell.source == "paper" and cell.value is not None for row in self.rows for cell in row)
+        """The table's own notes, a word on the paper's numbers and the computed ones where there are any, and every
+        setting in full."""
+        quoted = ["Columns marked (paper) are quoted from the paper."] if self._has("paper") else []
+        computed = [f"Columns marked (computed): {self.computed}."] if self._has("computed") else []
         settings = [f"#{number}: {text}." for text, number in self.settings.items()]
-        return (*self.notes, *(["Columns marked (paper) are quoted from the paper."] if quoted else []), *settings)
+        return (*self.notes, *quoted, *computed, *settings)
+
+    def _has(self, source: Source) -> bool:
+        return any(cell.source == source and cell.value is not None for row in self.rows for cell in row)
 
     def _given(self, index: int) -> list[Cell]:
         return [row[index] for row in self.rows if row[index].value is not None]

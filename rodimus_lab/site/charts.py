@@ -1,13 +1,10 @@
-"""Line charts and the diagram of a model's hops as plain geometry, which the templates draw as SVG."""
+"""Line charts as plain geometry, which the templates draw as SVG."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
-
-from rodimus_lab.nn.model import LanguageModelConfig
 
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 44
@@ -124,96 +121,3 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-class Box(NamedTuple):
-    """A norm, a sublayer or a sum, with its left upper corner."""
-
-    sort: str
-    text: str
-    x: float
-    y: float
-    width: float
-    height: float
-
-
-class Wire(NamedTuple):
-    """A line through points; with an arrow at its end or not."""
-
-    path: str
-    arrow: bool = True
-
-
-class Diagram(NamedTuple):
-    """One stretch of equal blocks."""
-
-    title: str
-    told: str
-    boxes: Sequence[Box]
-    wires: Sequence[Wire]
-    width: float
-    height: float
-
-
-NORM_WIDTH, BOX_WIDTH, BOX_HEIGHT, SUM, GAP = 46, 148, 34, 18, 16
-ROW, STREAM = 40, 108
-
-
-def diagrams_of(config: LanguageModelConfig) -> list[Diagram]:
-    """The blocks of a model in order, equal neighbours as one picture."""
-    runs = [(block, len(list(same))) for block, same in groupby(config.pattern)]
-    if len(runs) == 1:
-        return [_diagram(runs[0][0].hops, runs[0][1] * config.repeats, "")]
-    again = f" of a pattern that stands {config.repeats} times" if config.repeats > 1 else ""
-    return [
-        _diagram(block.hops, count, f"Part {number} of {len(runs)}{again}: ")
-        for number, (block, count) in enumerate(runs, 1)
-    ]
-
-
-def _diagram(hops: Sequence[Sequence[Any]], count: int, which: str) -> Diagram:
-    boxes: list[Box] = []
-    wires: list[Wire] = []
-    x: float = 24
-    for hop in hops:
-        start = x
-        wires.append(Wire(f"M{start} {STREAM}V{ROW}H{start + GAP}"))
-        x += GAP
-        taken = start  # where the stream that the next sum adds to was read
-        for index, sublayer in enumerate(hop):
-            boxes.append(Box("norm", "norm", x, ROW - BOX_HEIGHT / 2, NORM_WIDTH, BOX_HEIGHT))
-            x += NORM_WIDTH
-            wires.append(Wire(f"M{x} {ROW}h{GAP}"))
-            x += GAP
-            boxes.append(Box("sublayer", _name(sublayer), x, ROW - BOX_HEIGHT / 2, BOX_WIDTH, BOX_HEIGHT))
-            x += BOX_WIDTH
-            if index == len(hop) - 1:
-                wires.append(Wire(f"M{x} {ROW}h{GAP}V{STREAM - SUM / 2}"))
-                boxes.append(Box("sum", "+", x + GAP - SUM / 2, STREAM - SUM / 2, SUM, SUM))
-                x += GAP + SUM
-            else:
-                wires.append(Wire(f"M{x} {ROW}h{GAP}"))
-                boxes.append(Box("sum", "+", x + GAP, ROW - SUM / 2, SUM, SUM))
-                middle = x + GAP + SUM / 2
-                wires.append(Wire(f"M{taken} {STREAM if not index else ROW}V{STREAM - 24}H{middle}V{ROW + SUM / 2}"))
-                x += GAP + SUM
-                taken = x
-                wires.append(Wire(f"M{x} {ROW}h{GAP}"))
-                x += GAP
-        x += GAP
-    wires.insert(0, Wire(f"M4 {STREAM}H{x + 8}"))
-    title = f"{which}{count} block{'s' if count > 1 else ''} of {len(hops)} hop{'s' if len(hops) > 1 else ''}"
-    told = "; ".join(
-        f"hop {number}: {', then '.join(f'norm and {_name(one)}' for one in hop)}, added to the residual stream"
-        for number, hop in enumerate(hops, 1)
-    )
-    return Diagram(title, told, boxes, wires, x + 16, STREAM + 26)
-
-
-def _name(sublayer: Any) -> str:
-    """What a sublayer is, in a word or two."""
-    if sublayer.kind == "attention":
-        return "windowed attention" if sublayer.window else "attention"
-    if sublayer.kind == "feed_forward":
-        return str(getattr(sublayer, "activation", "feed-forward")) + " feed-forward"
-    return str(sublayer.kind).replace("_", " ")

@@ -22,7 +22,8 @@ from rodimus_lab.nn.zoo import MODELS, SIZES, model_config, slug
 from rodimus_lab.records import NAME, SAMPLES, Record, RunDir
 from rodimus_lab.report import Cell, Table, overlaps
 from rodimus_lab.report.artefacts import Artefact
-from rodimus_lab.site.charts import Chart, Diagram, charts_of, diagrams_of
+from rodimus_lab.report.diagram import Diagram, diagrams_of
+from rodimus_lab.site.charts import Chart, charts_of
 from rodimus_lab.site.values import setting, told
 
 CONTEXTS = (2048, 16384)
@@ -73,6 +74,7 @@ class TableView:
     run_ids: frozenset[str]
     measured: int
     absent: int
+    computed: int
     files: Sequence[str]
 
     @property
@@ -112,6 +114,7 @@ class TableView:
             frozenset(run for cell in cells for run in _ids(cell)),
             sum(cell.value is not None for cell in ours),
             sum(cell.value is None for cell in ours),
+            sum(cell.value is not None and cell.source == "computed" for cell in cells),
             [f"{name}.{suffix}" for suffix in ("md", "tex", "csv")],
         )
 
@@ -196,8 +199,11 @@ class ArtefactView:
         if not self.tables and not self.figures:
             return "not run"
         if not measured:
-            drawn = "measured" if any(figure.run_ids for figure in self.figures) else "computed"
-            return "not run" if absent or points else drawn
+            if any(figure.run_ids for figure in self.figures):
+                return "measured"
+            drawn = any("computed" in row for figure in self.figures for row in figure.numbers)
+            computed = drawn or any(table.computed for table in self.tables)
+            return "not run" if absent or points or not computed else "computed"
         return f"{measured:,} numbers measured" + (f", {absent:,} not run" if absent else "")
 
     @property

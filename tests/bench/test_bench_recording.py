@@ -54,7 +54,7 @@ def test_a_row_becomes_a_record(place: Path) -> None:
     }  # fmt: skip
     assert kept.metrics == {"params": 10, "micro_batch_size": 1, "tokens_per_second": 4000.5, "peak_bytes": 123}
     assert kept.env == ENVIRONMENT
-    assert kept.budget_text == "bench budget 20 steps, batch 1"
+    assert kept.budget_text == "bench budget 20 steps, batch 1, 81.9k tokens"
     assert runs_json([kept])[0]["corpus"] == "random tokens"
 
 

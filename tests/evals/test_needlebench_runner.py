@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,22 @@ from needle_fakes import SOURCE, byte_tokenizer, write_files
 from evals.needlebench import Spec, evaluate, runner
 from evals.needlebench.prompts import Example
 from evals.needlebench.runner import Generation, Question
-from experiments.needlebench import Examined, figure_5, figures_9_to_14, heat_maps, lines, needlebench_table, score_run
+from experiments.needlebench import (
+    MODELS,
+    Examined,
+    figure_5,
+    figures_9_to_14,
+    heat_maps,
+    lines,
+    needlebench_table,
+    score_run,
+)
 from rodimus_lab.convert.provenance import Provenance
 from rodimus_lab.decoder import PREFILL_CHUNK
 from rodimus_lab.nn.model import LanguageModel
 from rodimus_lab.nn.zoo import SIZES, model_config
 from rodimus_lab.records import load_records, load_unfinished
-from rodimus_lab.report import PaperResults
+from rodimus_lab.report import FIGURES, PaperResults
 from rodimus_lab.report.figure import figure_csv, write_figure
 
 BYTES = byte_tokenizer()
@@ -216,8 +226,9 @@ def test_figures_and_table_of_a_record(model, monkeypatch, place) -> None:
     assert by_depth == [(None, 100)] * 3
     assert maps.parts[1].means() == [None, 100]
     rows = figure_csv(maps).splitlines()
-    assert rows[0] == "panel,column,Length (tokens),Depth (%),value"
-    assert "Multi-needle retrieval: 100.00,0,150,50," in rows
+    assert rows[0] == "panel,column,Length (tokens),Depth (%),value,source,corpus,budget,device"
+    assert f'Multi-needle retrieval: 100.00,0,150,50,,{record.id},made-up,"{record.budget_text}",cpu' in rows
+    assert maps.note.startswith(f"{record.id}: made-up, bytes tokens, {record.budget_text}, cpu; lengths in")
     assert "not scored: " in lines(record)[-1]
     pytest.importorskip("matplotlib")
     first, again = (write_figure(maps, place / name, "maps") for name in ("first", "again"))
@@ -225,10 +236,25 @@ def test_figures_and_table_of_a_record(model, monkeypatch, place) -> None:
     summary = figure_5([record], PaperResults())
     assert [line.name for line in summary.parts[0].lines] == ["Rodimus+-1.6B", record.id]
     assert summary.parts[1].lines[1].xs == [900]
+    assert summary.parts[0].lines[1].told()[0] == (record.id, "made-up", record.budget_text, "cpu")
+    assert "not run: Mamba-1.4B, Mamba2-1.3B" in summary.parts[0].note
     table = needlebench_table([record], PaperResults())
     texts = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
     assert "19.11" in texts["Rodimus+-1.6B"]
     assert "100.00" in texts["tiny"]
+
+
+def test_figures_9_to_14_are_of_the_papers_models(model, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "Generation", Knowing)
+    record, paper = score(model), PaperResults()
+    for number, name in enumerate(MODELS, 9):
+        absent = FIGURES[f"figure{number:02d}"]([record], paper)
+        assert name.removesuffix("-1.6B-4K") in absent.title
+        assert absent.rows()[1][1:3] == ("not run", "rodimus-lab needlebench RUN")
+        named = replace(record, label=MODELS[name][0])
+        drawn = FIGURES[f"figure{number:02d}"]([record, named], paper)
+        assert drawn == replace(heat_maps(named), title=absent.title)
+        assert name not in figure_5([named], paper).parts[0].note.partition("not run: ")[2].split(" (")[0].split(", ")
 
 
 def test_the_command(cli, smoke_run, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,27 @@ def test_from_the_command_line_to_the_figure(cli, places, texts) -> None:
     assert len(paper.rows()) == 36
     small, large = (row[1] for row in measured.rows()[1:])
     assert large == 4 * small == 4 * 16 * 256 * 4 * 2
+
+
+def test_seeds_of_one_point_are_drawn_as_their_mean_with_a_band() -> None:
+    runs = load_records(RESULTS / "runs", "wikitext103")
+    (first,) = (record for record in runs if record.id == "rodimus-b6357da5")
+    ppl = first.metrics["best_valid_ppl"]
+    again = replace(
+        first,
+        id="rodimus-00000002",
+        recipe=first.recipe | {"seed": 1},
+        metrics=first.metrics | {"best_valid_ppl": ppl + 2},
+    )
+    _, measured = draw_figure_1a([first, again], PaperResults()).parts
+    (line,) = measured.lines
+    assert (line.ys, line.stds) == ([pytest.approx(ppl + 1)], [pytest.approx(2**0.5)])
+    assert line.told()[0][0] == "rodimus-b6357da5; rodimus-00000002"
+    assert "rodimus-b6357da5, rodimus-00000002: enwiki-25k standing in for wikitext-103, " in measured.note
+    assert "one standard deviation over seeds" in measured.note
+
+
+def test_without_runs_figure_1a_says_so() -> None:
+    paper, ours = draw_figure_1a([], PaperResults()).parts
+    assert (len(paper.lines), ours.lines) == (len(FIGURE_1A), [])
+    assert ours.note == f"not run: {', '.join(FIGURE_1A)} (rodimus-lab memory-ppl --budget paper)"

@@ -159,9 +159,15 @@ def test_figure_1b_has_the_papers_points_and_ours():
     figure = draw_figure_1b(found, PAPER)
     csv = figure_csv(figure)
     assert 'rodimus,64.0,0.65,"paper, read by eye"' in csv
-    assert f"rodimus,64,0.6,{found[1].id} at rate 0.003162" in csv
+    assert f"rodimus,64,0.6,{found[1].id} at rate 0.003162,{found[1].corpus}," in csv
     assert "rodimus,128,,not run" in csv
-    assert figure.note == "dashed and pale: the paper's; not run: rodimus at 16, 32, 128, 256, rodimus+, mamba2, mamba"
+    assert figure.note.startswith(
+        f"dashed and pale: the paper's, read by eye; {found[1].id}: {found[1].corpus}, paper budget "
+    )
+    assert figure.note.endswith(
+        f"{found[1].device}; not run: rodimus at 16, 32, 128, 256, rodimus+, mamba2, mamba "
+        "(rodimus-lab mqar --figure 1b --budget paper)"
+    )
     text = to_markdown(figure01b(found, PAPER))
     assert "read by eye (paper)" in text
     assert "60.0" in text

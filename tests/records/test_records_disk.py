@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,34 @@ def test_a_metrics_line_that_does_not_fit_is_not_written_in_part(tmp_path):
 )
 def test_budgets_in_words(budget, text):
     assert describe_budget(budget) == text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "metrics", "text"),
+    [
+        ({"data": {"seq_len": 512}}, {}, "short budget 1,500 of 25,000 steps, batch 256, 197M tokens"),
+        ({"seq_len": 4096}, {}, "short budget 1,500 of 25,000 steps, batch 256, 1.57B tokens"),
+        ({"data": {"train": [{"seq_len": 64}]}}, {}, "short budget 1,500 of 25,000 steps, batch 256, 24.6M tokens"),
+        ({"data": {"train": [{"seq_len": 64}, {"seq_len": 128}]}}, {}, "short budget 1,500 of 25,000 steps, batch 256"),
+        ({}, {}, "short budget 1,500 of 25,000 steps, batch 256"),
+        (
+            {"data": {"tasks": []}},
+            {"trained_tokens": 819200},
+            "short budget 1,500 of 25,000 steps, batch 256, 819k tokens",
+        ),
+    ],
+)
+def test_a_budget_says_its_tokens_where_they_are_known(recipe, metrics, text, tmp_path):
+    finished(tmp_path)
+    (record,) = load_records(tmp_path)
+    assert replace(record, recipe=recipe, metrics=metrics).budget_text == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(7, "7"), (999, "999"), (999_900, "1M"), (131_072_000, "131M"), (3_276_800_000, "3.28B")]
+)
+def test_counts_in_words(count, text):
+    assert records.count_text(count) == text
 
 
 def test_default_root(monkeypatch, tmp_path):

@@ -72,6 +72,14 @@ def test_the_committed_tables_are_those_of_the_code() -> None:
     assert numbers == set(range(1, 23))
 
 
+@pytest.mark.parametrize("suffix", ["svg", "pdf", "png", "csv"])
+def test_every_figure_of_the_paper_is_drawn(suffix: str) -> None:
+    drawn = [path.stem for path in (PROJECT_ROOT / "results" / "figures").glob(f"*.{suffix}")]
+    figures = [artefact for artefact in PAPER if not artefact.is_table]
+    assert len(figures) == 15
+    assert not [artefact.label for artefact in figures if not any(belongs(name, artefact) for name in drawn)]
+
+
 def test_every_registered_figure_is_on_some_page() -> None:
     load_plugins()
     names = list(FIGURES)

@@ -164,6 +164,7 @@ def test_several_metrics_scales_and_given_columns():
             Metric("Params (M)", "params", "params_m", better=None, scale=1e-6),
         ],
         given={"Formula": lambda names: Cell(len(names[0]), source="computed")},
+        computed="the length of the name",
     )
     condition = "wikitext-103, short #1"
     assert table.headers == (
@@ -176,6 +177,12 @@ def test_several_metrics_scales_and_given_columns():
         f"Params (M) ({condition})",
     )
     assert texts(table)[0] == ["rodimus", "7", "21.90", "20.00", "19.00", "46.68", "46.68"]
+
+
+def test_a_table_without_rows_says_that_nothing_was_run():
+    table = paper_vs_measured([], [], title="Ours alone", metrics=[PPL], notes=["A note."])
+    assert table.notes == ["A note.", "Not run yet."]
+    assert "Not run yet." not in compare([]).notes
 
 
 def test_rows_named_by_several_columns():

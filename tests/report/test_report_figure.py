@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from rodimus_lab.nn.zoo import MODELS
 from rodimus_lab.records import PROJECT_ROOT, load_records
 from rodimus_lab.registry import load_plugins
-from rodimus_lab.report import FIGURES, Axis, Band, Figure, HeatMap, Line, Panels, PaperResults, write_figure
-from rodimus_lab.report.figure import FAMILIES, by_name, figure_csv, spread, style_of
+from rodimus_lab.report import (
+    FIGURES,
+    Axis,
+    Band,
+    Figure,
+    HeatMap,
+    Line,
+    NotRun,
+    Panels,
+    PaperResults,
+    told_runs,
+    write_figure,
+)
+from rodimus_lab.report.figure import by_name, figure_csv, spread
+from rodimus_lab.report.style import FAMILIES, OTHERS, model_of, style_of
 
 COMMITTED = PROJECT_ROOT / "results" / "figures"
 LINES = [Line("rodimus", (512, 1024), (5, 5)), Line("transformer", (512, 1024), (1.5, 3))]
@@ -35,7 +49,7 @@ def test_the_same_figure_is_the_same_files(tmp_path: Path) -> None:
 )
 def test_panels_hold_what_their_parts_do(part: Figure | HeatMap, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    both = Panels("Both", [part, part, part], note="what they are of")
+    both = Panels("Both", [part, part, part], remark="what they are of")
     assert figure_csv(both).count("\n") == 3 * (len(part.rows()) - 1) + 1
     again = [path.read_bytes() for path in write_figure(both, tmp_path / "again", "both")]
     assert again == [path.read_bytes() for path in write_figure(both, tmp_path, "both")]
@@ -102,6 +116,90 @@ def test_a_style_is_of_the_name_alone_and_of_one_model() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("Rodimus+-1.6B", "rodimus+"),
+        ("rodimus_plus-b6357da5", "rodimus+"),
+        ("rodimus-b6357da5", "rodimus"),
+        ("transformer_pp-swa", "transformer++-swa"),
+        ("Mamba2-1.3B", "mamba2"),
+        ("mambalike", "mambalike"),
+    ],
+)
+def test_a_model_keeps_its_colour_under_every_name(name: str, model: str) -> None:
+    assert model_of(name) == model
+    assert style_of(name) == style_of(model)
+    assert (style_of(name)["color"] == OTHERS) is (name == model)
+
+
+def test_lines_of_a_parameter_are_told_apart_by_shade() -> None:
+    pytest.importorskip("matplotlib")
+    shades = [Line(name, (1,), (1,), shade=share).style["color"] for name, share in (("a", 0), ("b", 0.5), ("c", 1))]
+    assert len(set(shades)) == 3
+    assert not {"marker"} & set(Line("a", (1,), (1,), shade=0).style)
+
+
+@pytest.mark.parametrize("scale", ["log", "log2", "linear"])
+def test_no_point_lies_on_the_edge_and_every_axis_has_numbers(scale: Literal["log", "log2", "linear"]) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(layout="constrained")
+    xs = (393_216, 3_145_728)
+    lines = [Line("rodimus", xs, (1, 2))]
+    also = ("millions", 1e-6)
+    replace(FIGURE, x=Axis("Cache", scale, "B", also), lines=lines, missing=[("mamba", 5e6)]).paint(canvas)
+    canvas.draw_without_rendering()
+    (axes,) = canvas.axes
+    low, high = axes.get_xlim()
+    assert low < min(xs)
+    assert high > 5e6
+    (above,) = axes.child_axes
+    for one in (axes, above):
+        ends = sorted(one.get_xlim())
+        named = [x for x, text in zip(one.get_xticks(), one.get_xticklabels(), strict=True) if text.get_text()]
+        assert len([x for x in named if ends[0] <= x <= ends[1]]) >= 2
+        assert not any("10^" in text.get_text() for text in one.get_xticklabels())
+
+
+def test_the_runs_behind_the_points_are_told_in_the_note_and_in_the_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    wikitext = load_records(PROJECT_ROOT / "results" / "runs", "wikitext103")
+    runs = [record for record in wikitext if record.id in ("rodimus-b6357da5", "rodimus_plus-36701bfc")]
+    lines = [Line(run.label, (1, 2), (run.metrics["valid_ppl"],) * 2, runs=[[run], [run]]) for run in runs]
+    figure = replace(FIGURE, lines=lines, paper_corpus="wikitext-103")
+    budget = "short budget 1,500 of 25,000 steps, batch 256, 197M tokens"
+    told = f"enwiki-25k standing in for wikitext-103, gpt2 tokens, {budget}, NVIDIA H200"
+    assert figure.note == f"rodimus-b6357da5, rodimus_plus-36701bfc: {told}"
+    (_, first, *_) = figure.rows()
+    assert first == (
+        "rodimus",
+        1,
+        runs[0].metrics["valid_ppl"],
+        "rodimus-b6357da5",
+        "enwiki-25k",
+        budget,
+        "NVIDIA H200",
+    )
+    svg = write_figure(Panels("Both", [figure, FIGURE], runs=runs[:1]), tmp_path, "told")[0].read_text()
+    assert "rodimus_plus-36701bfc" in svg
+    cut = replace(runs[0], metrics=runs[0].metrics | {"steps": 700})
+    assert told_runs([cut]).startswith("rodimus-b6357da5 (ended after 700 steps): enwiki-25k, gpt2 tokens, short")
+
+
+def test_what_was_not_run_says_so_and_how_to_run_it(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    empty = replace(FIGURE, lines=[], missing=[("rodimus", 512)], command="rodimus-lab wikitext103")
+    absent = NotRun("Figure 9", "rodimus-lab needlebench RUN", "RUN is a run")
+    for figure in (empty, absent):
+        svg = write_figure(figure, tmp_path, "absent")[0].read_text()
+        assert "<!-- not run -->" in svg
+        assert f"<!-- {figure.command} -->" in svg
+        assert "not run" in figure_csv(figure)
+        assert f"{figure.command}" in figure.note
+
+
+@pytest.mark.parametrize(
     ("heights", "apart"),
     [
         ([], []),
@@ -143,6 +241,10 @@ def test_sources_and_what_is_missing_stand_in_the_numbers_and_the_note(tmp_path:
     ]
     svg = write_figure(figure, tmp_path, "recall")[0].read_text()
     assert "stroke-dasharray" in svg
+    by_eye = replace(quoted, sources=("paper, read by eye",) * 2)
+    unknown = replace(figure, lines=[by_eye, ours], missing=[("mamba", None)])
+    assert unknown.note == "dashed and pale: the paper's, read by eye; not run: mamba"
+    assert figure_csv(unknown).splitlines()[-1] == "mamba,,,not run"
     empty = Figure("Recall", *axes, [], missing=[("rodimus", 16), ("rodimus", 32)])
     assert empty.note == "not run: rodimus"
     assert write_figure(empty, tmp_path, "empty")[1].stat().st_size > 0

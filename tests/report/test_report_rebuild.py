@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from rodimus_lab.experiment import REPORTS
 from rodimus_lab.records import PROJECT_ROOT, load_records
 from rodimus_lab.registry import load_plugins
-from rodimus_lab.report import PaperResults, write, write_figures
+from rodimus_lab.report import PaperResults, write
 
 RESULTS = PROJECT_ROOT / "results"
 SHADES = 16  # of 255: processors differ by so much in the soft edges of a PNG's lines, and in nothing else
@@ -31,16 +34,35 @@ def test_tables_are_up_to_date(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_figures_are_up_to_date(tmp_path: Path) -> None:
+def test_the_commands_rebuild_the_same_whatever_the_environment(tmp_path: Path) -> None:
+    """Another number of threads, another order of sets, place, language and time of day."""
     pytest.importorskip("matplotlib")
-    drawn = write_figures(tmp_path)
-    assert {path.name for path in drawn} == {path.name for path in (RESULTS / "figures").iterdir()}
-    for path in drawn:
-        committed = RESULTS / "figures" / path.name
-        same = (
-            apart(path, committed) <= SHADES if path.suffix == ".png" else path.read_bytes() == committed.read_bytes()
+    (tmp_path / "runs").symlink_to(RESULTS / "runs")
+    odd = {
+        "RODIMUS_LAB_RESULTS": str(tmp_path / "runs"),
+        "OMP_NUM_THREADS": "3",
+        "PYTHONHASHSEED": "11",
+        "LC_ALL": "C",
+        "TZ": "Asia/Tokyo",
+        "MPLBACKEND": "svg",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    paths = {"PYTHONPATH": str(PROJECT_ROOT)}
+    for command in (["report", "--no-site"], ["figures"]):
+        subprocess.run(
+            [sys.executable, "-m", "rodimus_lab.cli", *command], check=True, cwd=tmp_path, env=os.environ | odd | paths
         )
-        assert same, f"run `make figures` and commit {path.name}"
+    for kind in ("tables", "figures"):
+        made = {path.name: path for path in (tmp_path / kind).iterdir()}
+        assert set(made) == {path.name for path in (RESULTS / kind).iterdir()}
+        for name, path in made.items():
+            committed = RESULTS / kind / name
+            same = (
+                apart(path, committed) <= SHADES
+                if path.suffix == ".png"
+                else path.read_bytes() == committed.read_bytes()
+            )
+            assert same, f"run `make {kind}` and commit {name}"
 
 
 def test_a_changed_picture_is_seen(tmp_path: Path) -> None:

@@ -142,8 +142,8 @@ def test_latex_compiles(tmp_path):
 def test_a_column_never_mixes_what_cannot_be_compared(changes):
     rows = [[measured(1.0)], [measured(2.0, **changes)]]
     with pytest.raises(ValueError, match="mixes what cannot be compared"):
-        Table("t", [Column("PPL")], rows)
-    Table("t", [Column("PPL"), Column("PPL")], [[rows[0][0], rows[1][0]]])
+        Table("t", [Column("PPL")], rows, computed="a rule")
+    Table("t", [Column("PPL"), Column("PPL")], [[rows[0][0], rows[1][0]]], computed="a rule")
 
 
 def test_devices_mix_in_perplexities_and_not_in_speeds():
@@ -155,10 +155,21 @@ def test_devices_mix_in_perplexities_and_not_in_speeds():
     assert any(setting.endswith("NVIDIA H200") for setting in speeds.settings)
 
 
-@pytest.mark.parametrize("field", ["run_id", "corpus", "budget"])
+@pytest.mark.parametrize("field", ["run_id", "corpus", "budget", "device"])
 def test_a_measured_number_without_provenance_is_refused(field):
-    with pytest.raises(ValueError, match="needs its run, corpus and budget"):
+    with pytest.raises(ValueError, match="needs its run, corpus, budget and device"):
         measured(1.0, **{field: None})
+
+
+def test_computed_numbers_say_what_they_are_computed_from():
+    rows = [[Cell(1.5, source="computed")]]
+    with pytest.raises(ValueError, match="does not say what they are computed from"):
+        Table("t", [Column("FLOPs")], rows)
+    table = Table("t", [Column("FLOPs")], rows, computed="the models' configs")
+    said = "Columns marked (computed): the models' configs."
+    assert said in to_markdown(table)
+    assert said in to_latex(table)
+    assert not Table("t", [Column("FLOPs")], [[Cell(None, source="computed")]], computed="a rule").closing_notes
 
 
 def test_what_is_not_a_result_is_refused():

@@ -99,7 +99,7 @@ def test_names_for_screen_readers(page: Any, site: Path) -> None:
         ("search", None),
         ("searchbox", "Search tables, figures, runs, models and docs"),
         ("button", "Dark"),
-        ("link", "Enlarge: MQAR, 1024 tokens, 256 pairs, d = 256"),
+        ("link", "Enlarge: Figure 1b. MQAR, 1024 tokens, 256 pairs, d = 256"),
         ("main", None),
     ]:
         found = page.get_by_role(role, **({"name": name} if name else {}))

@@ -20,9 +20,9 @@ from rodimus_lab.nn.zoo import MODELS
 from rodimus_lab.records import PROJECT_ROOT, load_records
 from rodimus_lab.report.artefacts import PAPER
 from rodimus_lab.site import build_site
-from rodimus_lab.site.charts import charts_of, diagrams_of
+from rodimus_lab.site.charts import charts_of
 from rodimus_lab.site.documents import documents
-from rodimus_lab.site.views import base_of
+from rodimus_lab.site.views import ArtefactView, FigureView, base_of
 
 COMMITTED = PROJECT_ROOT / "results" / "runs"
 HOSTILE_RUN = "runs/wikitext103/rodimus-0badc0de.html"
@@ -153,7 +153,7 @@ def test_a_figure_of_runs_leads_to_them_and_they_to_it(site: Path, pages: dict[P
     assert "Figure 8 The gates of a trained layer over a sentence measured" in index
     assert "Figure 7 The gates against g and the temperature computed" in index
     text = " ".join(pages[site / "artefacts" / "figure8.html"].text.split())
-    assert "wikitext103/rodimus-b6357da5 (enwiki-25k standing in for wikitext-103, short budget" in text
+    assert "rodimus-b6357da5: enwiki-25k standing in for wikitext-103, gpt2 tokens, short budget" in text
     assert "g and exp(-g): the same run read without its temperature" in text
     for run in ("gates/rodimus-0badcafe", "wikitext103/rodimus-b6357da5"):
         assert "Figure 8" in " ".join(pages[site / "runs" / f"{run}.html"].text.split())
@@ -230,9 +230,20 @@ def test_curves_are_drawn_of_what_was_logged() -> None:
     assert charts_of([]) == []
 
 
+@pytest.mark.parametrize(
+    ("source", "status"),
+    [("paper", "not run"), ("not run", "not run"), ("computed", "computed"), ("rodimus-b6357da5", "measured")],
+)
+def test_only_what_was_computed_is_called_so(source: str, status: str) -> None:
+    runs = frozenset({source} & {"rodimus-b6357da5"})
+    figure = FigureView("figure05", "t", "", ("x", "y", "source"), [("1", "2", source)], 0, (), runs)
+    assert ArtefactView("figure5", "Figure 5", "t", "measured", figures=[figure]).status == status
+
+
 def test_diagrams_add_what_the_block_adds() -> None:
     """Rodimus+ has a sum for each sublayer, two of them on the residual stream."""
     from rodimus_lab.nn.zoo import model_config
+    from rodimus_lab.report.diagram import diagrams_of
 
     (drawn,) = diagrams_of(model_config("rodimus+"))
     sums = [box.y for box in drawn.boxes if box.sort == "sum"]
