@@ -162,11 +162,12 @@ class Figure:
         laws = [row for band in self.bands for row in band.rows(source)]
         return [(*header, "low", "high"), *((*row, "", "") for row in rows), *laws]
 
-    def paint(self, canvas: Any) -> None:
-        """Draw into a matplotlib figure or a part of one."""
+    def paint(self, canvas: Any, noted: bool = True) -> None:
+        """Draw into a matplotlib figure or a part of one; `noted` with the note below."""
         axes = canvas.add_subplot(title=wrap_title(self.title, self.size[0]))
         xs = sorted({x for line in self.lines for x in line.xs} | {x for _, x in self.missing if x is not None})
-        _write_note(canvas, self.note, self.size[0])
+        if noted:
+            _write_note(canvas, self.note, self.size[0])
         for axis, ticks, set_scale in ((self.x, axes.xaxis, axes.set_xscale), (self.y, axes.yaxis, axes.set_yscale)):
             set_scale("linear" if axis.is_linear else "log")
             ticks.set_label_text(axis.label)
@@ -212,8 +213,14 @@ class Panels:
 
     @property
     def note(self) -> str:
-        """The runs behind all parts with their conditions, and the remark."""
-        return "; ".join(filter(None, [told_runs(self.runs, self.paper_corpus), self.remark]))
+        """What all parts would say alike, the runs behind all of them with their conditions, and the remark."""
+        return "; ".join(filter(None, [self._alike, told_runs(self.runs, self.paper_corpus), self.remark]))
+
+    @property
+    def _alike(self) -> str:
+        """The note of the parts where it is the same for all."""
+        notes = {part.note if isinstance(part, Figure) else "" for part in self.parts}
+        return notes.pop() if len(notes) == 1 else ""
 
     @property
     def size(self) -> tuple[float, float]:
@@ -236,7 +243,10 @@ class Panels:
         across = min(self.columns, len(self.parts))
         pieces = canvas.subfigures(-(-len(self.parts) // across), across, squeeze=False)
         for part, piece in zip(self.parts, pieces.flat, strict=False):
-            part.paint(piece)
+            if isinstance(part, Figure):
+                part.paint(piece, noted=not self._alike)
+            else:
+                part.paint(piece)
         _write_note(canvas, self.note, self.size[0])
 
 

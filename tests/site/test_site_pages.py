@@ -18,6 +18,7 @@ import pytest
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.zoo import MODELS
 from rodimus_lab.records import PROJECT_ROOT, load_records
+from rodimus_lab.registry import load_plugins
 from rodimus_lab.report.artefacts import PAPER
 from rodimus_lab.site import build_site
 from rodimus_lab.site.charts import charts_of
@@ -60,6 +61,7 @@ def pages(site: Path) -> dict[Path, Page]:
 
 
 def test_every_artefact_run_and_model_has_its_page(site: Path) -> None:
+    load_plugins()  # The site may be another process's.
     for artefact in PAPER:
         assert (site / "artefacts" / f"{artefact.name}.html").is_file()
     assert len(list((site / "models").glob("*.html"))) == len(list(MODELS)) + 1
