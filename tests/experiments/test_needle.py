@@ -72,11 +72,11 @@ def test_held_out_answers_are_counted_whole() -> None:
     class Reciting(torch.nn.Module):
         """Its logits are its own inputs: the likeliest next token is the current one."""
 
-        def hidden(self, ids_BT):
-            return torch.nn.functional.one_hot(ids_BT, 9).float(), None
+        def hidden(self, ids_BT, *, positions_BP):
+            return torch.nn.functional.one_hot(ids_BT.gather(1, positions_BP), 9).float(), None
 
-        def logits(self, x_BTD):
-            return x_BTD * 50
+        def logits(self, x_BPD):
+            return x_BPD * 50
 
     inputs_BT = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3], [1, 2, 3]])
     targets_BT = torch.tensor([[-100, 2, 3], [-100, 2, 4], [-100, 8, 4], [-100, -100, -100]])
