@@ -9,6 +9,7 @@ what of it carries over to NeedleBench itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Annotated
 
 from pydantic import Field
@@ -29,34 +30,30 @@ PLACES = (
     "Lisbon", "Prague", "Dublin", "Geneva", "Naples", "Vienna", "Madrid", "Boston", "Athens", "Warsaw", "Lima", "Cairo",
     "Quebec", "Nairobi", "Seoul", "Havana", "Tallinn", "Bergen", "Porto", "Krakow", "Salta", "Perth", "Osaka", "Malta",
 )  # fmt: skip
-MANNERS = (
-    "Silent", "Golden", "Broken", "Gentle", "Hidden", "Frozen", "Crimson", "Ancient", "Hollow", "Velvet", "Distant",
-    "Eager", "Marble", "Northern", "Painted", "Quiet", "Rusty", "Scarlet", "Tender", "Upper", "Violet", "Wooden",
-    "Yellow", "Bitter",
+WORDS = 4  # of a value, at most
+QUALITIES = ("oldest", "best remembered", "only", "tallest", "first", "last", "quietest", "most expensive")
+NOUNS = (
+    "choir", "team", "library", "tower", "feast", "train", "market", "letter", "theatre", "ship", "garden", "clock",
 )  # fmt: skip
-THINGS = (
-    "River", "Garden", "Mirror", "Castle", "Lantern", "Harbor", "Feather", "Compass", "Window", "Forest", "Needle",
-    "Bridge", "Candle", "Desert", "Engine", "Falcon", "Hammer", "Island", "Jacket", "Kettle", "Ladder", "Meadow",
-    "Orchard", "Pillow",
-)  # fmt: skip
-ENDS = ("Society", "Club", "Company", "Circle", "Union", "League", "Guild", "Order")
-# What was said of a place, and the words that the question and the answer say it in.
+# What is said of a place, and the question about it; each answer says it again.
 SAID = (
-    ("The oldest choir to sing in {key} was the {value}.", "Which choir was the oldest to sing in {key}?"),
-    ("The best remembered team of {key} is the {value}.", "Which team of {key} is the best remembered?"),
-    ("The only library in {key} belongs to the {value}.", "To whom does the only library in {key} belong?"),
-    ("The tallest tower in {key} was built by the {value}.", "Who built the tallest tower in {key}?"),
-    ("The yearly feast of {key} is held by the {value}.", "Who holds the yearly feast of {key}?"),
-    ("The first train to {key} was paid for by the {value}.", "Who paid for the first train to {key}?"),
-    ("The night market of {key} was opened by the {value}.", "Who opened the night market of {key}?"),
-    ("The last letter from {key} was sent to the {value}.", "Who was sent the last letter from {key}?"),
+    ("The {one} of {key} is the {value}.", "What is the {one} of {key}?"),
+    ("The {one} in {key} was made by the {value}.", "Who made the {one} in {key}?"),
+    ("The {one} to reach {key} belonged to the {value}.", "To whom did the {one} to reach {key} belong?"),
+    ("The {one} that {key} remembers is called {value}.", "What is the {one} that {key} remembers called?"),
+    ("The {one} near {key} is kept by {value}.", "Who keeps the {one} near {key}?"),
+    ("The {one} sold in {key} went to the {value}.", "To whom did the {one} sold in {key} go?"),
+    ("For the people of {key} the {one} is {value}.", "What is the {one} for the people of {key}?"),
 )
 
 
 def relations() -> tuple[Relation, ...]:
-    """As NeedleBench asks: the question, the hint to think first, and the sentence to fill in."""
+    """As NeedleBench asks: the question, the hint to think first, and the sentence to fill in. Many different ones, so
+    that it pays to copy whatever stood where the sentence breaks off."""
     made = []
-    for needle, question in SAID:
+    for number, (quality, noun) in enumerate(product(QUALITIES, NOUNS)):
+        one = f"{quality} {noun}"
+        needle, question = (text.replace("{one}", one) for text in SAID[number % len(SAID)])
         gap = needle.replace(" {value}", "________")
         asked = guided(f"{question} Please answer in the format '{gap}'", "en")
         made.append(Relation(needle=needle, question=QUESTION["en"] + asked + END, answer=needle))
@@ -112,7 +109,7 @@ def needle(
             after="",
             relations=relations(),
             keys=PLACES,
-            values=(MANNERS, THINGS, ENDS),
+            values=WORDS,
             answers_only=bool(answers_only),
         )
     size = SIZES["mqar" if small else "wikitext103"]._replace(context=data.seq_len)

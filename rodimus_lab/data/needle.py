@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from itertools import product
@@ -24,6 +25,7 @@ from pydantic import Field, model_validator
 from rodimus_lab.config import Config
 from rodimus_lab.data.loader import IGNORED, Batch, rng
 from rodimus_lab.data.prepared import PreparedData
+from rodimus_lab.data.tokenizers import Tokenizer
 from rodimus_lab.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -50,7 +52,8 @@ class Relation(Config):
 
 
 class NeedleConfig(Config):
-    """The data of a run. A value is one word out of each tuple of `values`, joined by spaces.
+    """The data of a run. A value is one word out of each tuple of `values`, joined by spaces; or from one up to so many
+    words as `values` says, of those that the tokenizer has as one token and with a capital letter.
 
     `before` stands before the haystack and `after` between it and the question. `hold_out`: valid and test hide values,
     or of every value as many keys, that training does not. `answers_only` counts the answers' tokens in the loss, else
@@ -66,7 +69,7 @@ class NeedleConfig(Config):
     after: str
     relations: Annotated[tuple[Relation, ...], Field(min_length=1)]
     keys: Words
-    values: Annotated[tuple[Words, ...], Field(min_length=1)]
+    values: Annotated[tuple[Words, ...], Field(min_length=1)] | Positive
     hold_out: Literal["value", "pair"] = "value"
     answers_only: bool = True
     eval_documents: Positive = 256
@@ -79,7 +82,8 @@ class NeedleConfig(Config):
 
     @property
     def all_values(self) -> list[str]:
-        return [" ".join(words) for words in product(*self.values)]
+        """Where they are listed; where words of the vocabulary make them up, none."""
+        return [] if isinstance(self.values, int) else [" ".join(words) for words in product(*self.values)]
 
     def split_of(self, key: str, value: str) -> str:
         """train, valid or test."""
@@ -88,6 +92,15 @@ class NeedleConfig(Config):
         else:
             tenth = 9 - _shuffled(self.keys, value).index(key) // math.ceil(len(self.keys) / 10)
         return next((split for split, held in HELD_OUT.items() if held == tenth), "train")
+
+
+def _capitalised(tokenizer: Tokenizer) -> list[str]:
+    """Words of one token each, in the order of their ids. Raises `UserError` where there are none."""
+    texts = (tokenizer.decode([number]) for number in range(tokenizer.vocab_size))
+    words = [text[1:] for text in texts if re.fullmatch(" [A-Z][a-z]{2,}", text)]
+    if not words:
+        raise UserError(f"the tokenizer {tokenizer.name!r} has no capitalised words of one token; list the values")
+    return words
 
 
 def _hash(text: str) -> int:
@@ -107,7 +120,9 @@ class NeedleDocuments:
         self.data, self.tokenizer = data, prepared.tokenizer()
         self._haystacks = {split: prepared.shards(split) for split in ("train", *HELD_OUT)}
         self._encode = lru_cache(maxsize=1 << 18)(lambda text: tuple(self.tokenizer.encode(text)))
-        present = {data.split_of(key, value) for key in data.keys for value in data.all_values}
+        self._words = _capitalised(self.tokenizer) if isinstance(data.values, int) else []
+        sample = self._words or data.all_values
+        present = {data.split_of(key, value) for key in data.keys for value in sample}
         for split in ("train", *HELD_OUT):
             if split not in present:
                 raise UserError(f"no needle is left to the {split} split; give more keys or values")
@@ -120,7 +135,11 @@ class NeedleDocuments:
     @cached_property
     def longest_frame(self) -> int:
         """No document has more tokens beside its haystack."""
-        value = max(self.data.all_values, key=lambda text: len(self.tokenizer.encode(f" {text}")))
+        values = self.data.values
+        if isinstance(values, int):
+            value = " ".join(self._words[:1] * values)
+        else:
+            value = max(self.data.all_values, key=lambda text: len(self.tokenizer.encode(f" {text}")))
         pairs = product(self.data.relations, self.data.keys)
         frames = (sum(map(len, self._frame(relation, key, value))) for relation, key in pairs)
         return max(frames) + 2  # A word may be cut otherwise beside another one.
@@ -131,7 +150,7 @@ class NeedleDocuments:
         relation = data.relations[random.integers(len(data.relations))]
         for _ in range(REJECTIONS):
             key = data.keys[random.integers(len(data.keys))]
-            value = " ".join(words[random.integers(len(words))] for words in data.values)
+            value = self._value(random)
             if data.split_of(key, value) == split:
                 break
         else:
@@ -147,6 +166,11 @@ class NeedleDocuments:
         point = random.integers(room + 1)
         ids = np.concatenate([before, haystack[:point], needle, haystack[point:], question, answer]).astype(np.int64)
         return ids, length - len(answer)
+
+    def _value(self, random: np.random.Generator) -> str:
+        values = self.data.values
+        several = [self._words] * random.integers(1, values + 1) if isinstance(values, int) else values
+        return " ".join(words[random.integers(len(words))] for words in several)
 
     def row(self, random: np.random.Generator, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
         """inputs_T and targets_T; in training of several documents, else of one."""

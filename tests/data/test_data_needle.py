@@ -171,3 +171,24 @@ def test_what_cannot_be_drawn_is_refused(prepared, changes, message) -> None:
 def test_a_task_that_makes_no_sense_is_refused(make, message) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_values_of_the_tokenizers_own_words(prepared) -> None:
+    documents = NeedleDocuments(DATA.replace(values=3), prepared)
+    seen = {split: set() for split in ("train", "valid", "test")}
+    for number in range(300):
+        split = tuple(seen)[number % 3]
+        ids, at = documents.document(rng(1, number), split, 60)
+        seen[split].add(parts(documents, ids, at)[1].removeprefix(" It is ").removesuffix("."))
+    words = [value.split(" ") for value in set.union(*seen.values())]
+    assert {len(value) for value in words} == {1, 2, 3}
+    for word in {word for value in words for word in value}:
+        assert word[0].isupper()
+        assert len(documents.tokenizer.encode(f" {word}")) == 1
+    assert not seen["train"] & (seen["valid"] | seen["test"])
+
+
+def test_a_tokenizer_without_such_words_is_named(prepared, monkeypatch) -> None:
+    monkeypatch.setattr(type(prepared.tokenizer()), "decode", lambda self, ids: "low")
+    with pytest.raises(UserError, match="'pydoc-4096' has no capitalised words of one token; list the values"):
+        NeedleDocuments(DATA.replace(values=3), prepared)
