@@ -7,7 +7,7 @@ A point of a figure is the best of its learning rates; where models come closer 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -34,6 +34,11 @@ BATCHES = {64: 512, 128: 512, 256: 256, 512: 128, 1024: 64}
 RATES = {"6": (1e-4, 4.642e-4, 2.154e-3, 1e-2), "1b": (3.162e-4, 3.162e-3, 1e-2)}
 EPOCHS = {"6": 64, "1b": 32}
 PRECISION: Precision = "tf32"
+PRECISIONS = {
+    "fp32": "float32",
+    "tf32": "float32, its products in TensorFloat32",
+    "bf16": "bfloat16 over float32 weights",
+}
 CLOSE = 0.03
 SEEDS = 3
 SHORT = 8  # The short budget has one epoch for so many of the paper's.
@@ -228,13 +233,13 @@ def figure01b(records: Sequence[Record], paper: PaperResults) -> Table:
 def _register_figure_6(seq_len: int) -> None:
     @FIGURES.register(f"figure06-{seq_len}")
     def panel(records: Sequence[Record], paper: PaperResults) -> Figure:
-        """Figure 6 at one length: accuracy by width, of runs at the paper's budget."""
-        points = {(b.model, b.width): b for b in _full(records) if _in_6(b) and b.seq_len == seq_len}
+        """Figure 6 at one length: accuracy by width."""
+        points = _drawn(records, lambda point: _in_6(point) and point.seq_len == seq_len)
         return _figure(
             f"Figure 6. MQAR, {seq_len} tokens, {PAPER_PAIRS[seq_len]} pairs",
             "Width d",
             [(one, WIDTHS) for one in FIGURE_6_MODELS],
-            points,
+            {(point.model, point.width): point for point in points},
             RATES["6"],
             quoted=[],
             command=f"rodimus-lab mqar --length {seq_len} --budget paper",
@@ -247,7 +252,7 @@ for _length in LENGTHS:
 
 @FIGURES.register("figure01b")
 def draw_figure_1b(records: Sequence[Record], paper: PaperResults) -> Figure:
-    """Figure 1b: accuracy by state expansion, of runs at the paper's budget, over the paper's points."""
+    """Figure 1b: accuracy by state expansion, over the paper's points."""
     quoted = []
     for one in FIGURE_1B_MODELS:
         rows = [row for row in paper.figure("01b") if row["model"] == one]
@@ -257,7 +262,7 @@ def draw_figure_1b(records: Sequence[Record], paper: PaperResults) -> Figure:
         f"Figure 1b. MQAR, {LONG} tokens, {PAPER_PAIRS[LONG]} pairs, d = {LONG_WIDTH}",
         "State expansion n",
         [(one, EXPANSIONS) for one in FIGURE_1B_MODELS],
-        {(b.model, b.expansion): b for b in _full(records) if _in_1b(b)},
+        {(point.model, point.expansion): point for point in _drawn(records, _in_1b)},
         RATES["1b"],
         quoted=quoted,
         command="rodimus-lab mqar --figure 1b --budget paper",
@@ -278,10 +283,17 @@ def _in_1b(point: Best) -> bool:
     return (point.seq_len, point.num_pairs, point.width) == (LONG, PAPER_PAIRS[LONG], LONG_WIDTH)
 
 
-def _full(records: Iterable[Record]) -> list[Best]:
-    """The points of runs at the paper's budget and in the precision that is taken for all of them."""
-    kept = [r for r in records if r.budget["name"] == "paper" and r.recipe["precision"] == PRECISION]
-    return [best for points in best_points(kept).values() for best in points]
+def _drawn(records: Iterable[Record], belongs: Callable[[Best], bool]) -> list[Best]:
+    """The points of one budget and precision: the paper's budget where any run has it, and of several the one with the
+    most runs."""
+    found = best_points(record for record in records if record.experiment == "mqar")
+    groups = [[point for point in points if belongs(point)] for points in found.values()]
+
+    def rank(points: list[Best]) -> tuple[bool, int]:
+        runs = [run for point in points for some in point.by_rate.values() for run in some]
+        return runs[0].budget["name"] == "paper", len(runs)
+
+    return max(filter(None, groups), key=rank, default=[])
 
 
 def _figure(
@@ -305,9 +317,10 @@ def _figure(
             lines.append(Line(name, run, [b.accuracy for b in best], sources, stds=stds, runs=[b.runs for b in best]))
     started = [(name, x) for name, xs in wanted for x in xs if (name, x) in points]
     partly = tell_points(key for key in started if not set(rates) <= set(points[key].by_rate))
-    remark = f"not all of {len(rates)} learning rates yet: {partly}" if partly else ""
+    remarks = [PRECISIONS[run.recipe["precision"]] for point in points.values() for run in point.runs][:1]
+    remarks += [f"not all of {len(rates)} learning rates yet: {partly}"] if partly else []
     x, y = Axis(x_label, "log2"), Axis("Accuracy", "share")
-    return Figure(title, x, y, lines, missing, remark=remark, command=command)
+    return Figure(title, x, y, lines, missing, remark="; ".join(remarks), command=command)
 
 
 def _columns(

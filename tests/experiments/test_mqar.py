@@ -166,26 +166,31 @@ def test_figure_1b_has_the_papers_points_and_ours():
     )
     assert figure.note.endswith(
         f"{found[1].device}; not run: rodimus at 16, 32, 128, 256, rodimus+, mamba2, mamba "
-        "(rodimus-lab mqar --figure 1b --budget paper)"
+        "(rodimus-lab mqar --figure 1b --budget paper); float32, its products in TensorFloat32"
     )
     text = to_markdown(figure01b(found, PAPER))
     assert "read by eye (paper)" in text
     assert "60.0" in text
 
 
-def test_a_panel_of_figure_6_shows_full_runs_only():
+def test_a_panel_of_figure_6_shows_runs_of_one_budget_and_precision():
+    make = FIGURES["figure06-128"]
     short = [record(r, 0.7) for r in mqar("6", model="rodimus", length=128, width=64, lr=1e-2, budget="short")]
-    bf16 = [record(r, 0.7) for r in mqar("6", model="rodimus", length=128, width=64, budget="paper", precision="bf16")]
-    assert {r.recipe["precision"] for r in short} == {"tf32"}
-    assert FIGURES["figure06-128"](short + bf16, PAPER).lines == []
+    bf16 = [record(r, 0.8) for r in mqar("6", model="rodimus", length=128, width=64, budget="paper", precision="bf16")]
     full = runs([0.1, 0.5, 0.9, 0.2], model="rodimus", length=128, width=64)
-    panel = FIGURES["figure06-128"](full, PAPER)
+    panel = make(full, PAPER)
     (line,) = panel.lines
     assert (line.name, list(line.xs), list(line.ys)) == ("rodimus", [64], [0.9])
-    assert "learning rates" not in panel.note
-    panel = FIGURES["figure06-128"](full[:2], PAPER)
+    assert panel.note.endswith("; float32, its products in TensorFloat32")
+    assert list(make([*short, *full], PAPER).lines[0].ys) == [0.9]
+    assert list(make([*bf16[:2], *full], PAPER).lines[0].ys) == [0.9]
+    assert list(make([*bf16, *full[:3]], PAPER).lines[0].ys) == [0.8]
+    panel = make(full[:2], PAPER)
     assert list(panel.lines[0].ys) == [0.5]
     assert panel.note.endswith("; not all of 4 learning rates yet: rodimus at 64")
+    panel = make(short, PAPER)
+    assert list(panel.lines[0].ys) == [0.7]
+    assert ": mqar-128x8, short budget 1,568 of 12,544 steps, batch 512" in panel.note
     assert FIGURES["figure06-256"](full, PAPER).lines == []
 
 
