@@ -116,7 +116,7 @@ def test_train_sets_peers_beside_ours() -> None:
     )  # fmt: skip
     rows = {row["model"]: row for row in report["rows"]}
     assert set(rows) == {"transformer_pp", *PEERS}
-    assert [row["peer"] for row in report["rows"]] == [False] + [True] * len(PEERS)
+    assert [row["peer"] for row in report["rows"]] == [False] + [True] * len(list(PEERS))
     if "transformers-llama" in HERE:
         ours, theirs = rows["transformer_pp"], rows["transformers-llama"]
         assert ours["params"] == theirs["params"]
