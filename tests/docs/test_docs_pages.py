@@ -81,11 +81,11 @@ def test_the_cost_of_reproducing_is_up_to_date() -> None:
 
 def test_the_campaign_has_the_same_hours() -> None:
     text = (PROJECT_ROOT / "docs" / "campaign.md").read_text()
-    rows = re.findall(r"^\| (Table|Figure) (\d+a?) \| .* \| (\d+) \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| ((?:Table|Figure) \d+a?) \| .* \| ([\d.]+) \|$", text, re.MULTILINE)
     assert len(rows) == 8
-    for sort, number, hours in rows:
-        flops = reproducing.trainings()[f"{sort.lower()}{number}"].flops
-        assert float(hours) == pytest.approx(flops / reproducing.RATE / 3600, abs=0.55)
+    for label, hours in rows:
+        row = rf"^\| {label}\. (?:[^|]*\|){{3}} {re.escape(hours)} \|"
+        assert re.search(row, reproducing.page(), re.MULTILINE), label
 
 
 def test_hours_follow_from_flops() -> None:
