@@ -26,6 +26,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@$(BIN)/python -c 'from evals.announce import announce; announce()'
 	@touch $@
+	@echo "$(VENV) is ready; 'source $(BIN)/activate' puts rodimus-lab on the path"
 
 setup-opencompass: ## make .venv-opencompass, in which OpenCompass runs this project's models
 	$(PYTHON) -m venv .venv-opencompass

@@ -95,8 +95,8 @@ def _usage_sentence(error: Any) -> str:
     context = getattr(error, "ctx", None)
     if context is None:
         return text
-    if text.startswith("no such command"):
-        text += did_you_mean(text.split("'")[1], context.command.commands)
+    if text.startswith("no such command"):  # Some versions of click suggest one name themselves.
+        text = text.split(". Did you mean")[0] + did_you_mean(text.split("'")[1], context.command.commands)
     return f"{text}; see {context.command_path} --help"
 
 

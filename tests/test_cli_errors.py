@@ -29,6 +29,7 @@ def refused(result, *names):
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1, result.err
     assert "Traceback" not in result.err
+    assert result.err.lower().count("did you mean") <= 1, result.err
     for name in names:
         assert str(name) in result.err
     return True
@@ -71,6 +72,8 @@ def refused(result, *names):
         ([*SMOKE, "--checkpoint-every", "0"], ["checkpoint_every", "at least 1"]),
         ([*SMOKE, "--stop-at-step", "-1"], ["stop_at_step", "at least 1"]),
         ([*SMOKE, "--max-seconds", "soon"], ["--max-seconds", "number"]),
+        (["bench", "ops", "--only", "scan"], ["no operator benchmark named 'scan'", "gated_linear", "mixers"]),
+        (["needlebench", "rodimus-00000000"], ["'rodimus-00000000'", "train the run first"]),
         (["mqar", "--figure", "7"], ["--figure", "'7'", "'6', '1b'"]),
         (["mqar", "--budget", "paper", "--length", "64"], ["--length", "64", "128, 256, 512"]),
         (["mqar", "--budget", "paper", "--width", "65"], ["--width", "65", "64, 128, 256, 512"]),

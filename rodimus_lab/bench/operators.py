@@ -33,6 +33,7 @@ from rodimus_lab.bench.result import (
     surroundings,
     until_interrupted,
 )
+from rodimus_lab.config import did_you_mean
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.heads import HeadKind, HeadSharing
 from rodimus_lab.nn.zoo import MODELS, SIZES
@@ -260,7 +261,11 @@ def ops(
 ) -> None:
     """Time the operators' backends and their peers, each checked against its definition first; and each model's token
     mixer, at the 350M configuration on CUDA and at width 256 and 512 tokens elsewhere."""
-    operators = [name if name == MIXERS else CASES.canonical(name) for name in only or [*CASES, MIXERS]]
+    known = [*CASES, MIXERS]
+    operators = only or known
+    for name in operators:
+        if name not in known:
+            raise UserError(f"there is no operator benchmark named {name!r}{did_you_mean(name, known)}")
     models = [MODELS.canonical(name) for name in model or []]
     if models and MIXERS not in operators:
         raise UserError(f"--model chooses among the {MIXERS}; add --only {MIXERS}")

@@ -21,7 +21,7 @@ from rodimus_lab.terminal import console, print_table
 from rodimus_lab.train.distributed import World
 from rodimus_lab.train.journal import device_facts
 
-app = typer.Typer(no_args_is_help=True, help="Measure speed and memory: data, operators, the loss, training steps.")
+app = typer.Typer(no_args_is_help=True, help="Measure speed and memory: data, loss, operators, training, decoding.")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Device = Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Default: cuda where there is one.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed calls; the median counts.")]

@@ -53,10 +53,8 @@ class Source:
             files = dict.fromkeys(self._names(directory / MODEL), MODEL)
         else:
             pickled = next(iter(sorted(directory.glob("*.bin"))), None)
-            raise UserError(
-                f"{directory} has no {MODEL} nor {INDEX}"
-                + (f", and {pickled.name} is a pickle, which is not read; save it as safetensors" if pickled else "")
-            )
+            mend = f", and {pickled.name} is a pickle, which is not read; save it as safetensors" if pickled else ""
+            raise UserError(f"{directory} has no {MODEL} nor {INDEX}{mend or '; copy the weights there'}")
         self._files: dict[str, str] = files
         self._left = set(files)
         self._open: dict[str, Any] = {}

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rodimus_lab.config import did_you_mean
 from rodimus_lab.data import hub, pydoc, wikitext  # noqa: F401  (they enter their corpora)
 from rodimus_lab.data.corpus import CORPORA, Corpus
 from rodimus_lab.data.files import FileCorpus
@@ -25,6 +26,7 @@ def open_corpus(name: str) -> Corpus:
             return FileCorpus.at(path)
         if re.search(r"[/\\.~]", name):
             raise UserError(f"there is no corpus at {name!r}; give a file, a folder or one of: {', '.join(CORPORA)}")
+        raise UserError(f"there is no corpus named {name!r}, nor a file or folder{did_you_mean(name, CORPORA)}")
     return CORPORA[name]()
 
 

@@ -33,6 +33,15 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_tables_have_a_head_and_as_many_cells_in_every_row(path: Path) -> None:
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        _, rule, *_ = rows = [re.sub(r"`[^`]*`|\\\|", "", row) for row in table.splitlines()]
+        assert re.fullmatch(r"\|[-:| ]+\|", rule), table
+        assert {row.count("|") for row in rows} == {rule.count("|")}, table
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_commands_are_there_with_their_options(cli, path: Path) -> None:
     """The examples' own commands aside, which tests/docs/test_docs_examples.py runs."""
     for _, *words in commands(path):
@@ -68,6 +77,15 @@ def test_the_tour_can_be_walked(cli, smoke_run) -> None:
 def test_the_cost_of_reproducing_is_up_to_date() -> None:
     assert reproducing.PAGE.read_text() == reproducing.page(), "run `make reproducing` and commit"
     assert all(f"| {artefact.label}. " in reproducing.page() for artefact in PAPER)
+
+
+def test_the_campaign_has_the_same_hours() -> None:
+    text = (PROJECT_ROOT / "docs" / "campaign.md").read_text()
+    rows = re.findall(r"^\| ((?:Table|Figure) \d+a?) \| .* \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 8
+    for label, hours in rows:
+        row = rf"^\| {label}\. (?:[^|]*\|){{3}} {re.escape(hours)} \|"
+        assert re.search(row, reproducing.page(), re.MULTILINE), label
 
 
 def test_hours_follow_from_flops() -> None:
