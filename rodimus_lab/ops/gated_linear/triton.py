@@ -294,11 +294,11 @@ def _narrow_backward_kernel(
         keys = tl.where(later, 0.0, k * decay_to).to(DOT)
         if PACKED:
             together = together & (document[:, None] == document[None, :])
-        # Loaded at every level, in both orders, as registers are scarcer than loads from the cache: only what meets.
-        meets = together & (later != tl.trans(later))
-        in_order, other_order = row[:, None] * C + row[None, :], row[None, :] * C + row[:, None]
-        dscore = tl.load(dscore_ptr + chunk * C * C + in_order, mask=meets & later, other=0.0).to(DOT)
-        dscore_T = tl.load(dscore_ptr + chunk * C * C + other_order, mask=meets & (later == 0), other=0.0).to(DOT)
+        # Loaded at every level, in both orders, as registers are scarcer than loads from the cache.
+        dscore = tl.load(dscore_ptr + chunk * C * C + (row[:, None] * C + row[None, :]))
+        dscore_T = tl.load(dscore_ptr + chunk * C * C + (row[None, :] * C + row[:, None]))
+        dscore = tl.where(together, dscore, 0.0).to(DOT)
+        dscore_T = tl.where(together, dscore_T, 0.0).to(DOT)
         dq += tl.where(later, tl.dot(dscore, keys, input_precision=PRECISION) * decay_to, 0.0)
         dk += tl.where(later, 0.0, tl.dot(dscore_T, queries, input_precision=PRECISION) * decay_to)
     dgate = tl.cumsum(q * dq - k * dk, 0, reverse=True) + of_end[None, :]
