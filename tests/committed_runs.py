@@ -1,8 +1,10 @@
-"""Three committed records, by their ids: what is tested on them does not change when others join them."""
+"""What is committed in results/: all of it, and three records by their ids. What is tested on them does not change when
+others join them here."""
 
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 from rodimus_lab.records import PROJECT_ROOT
@@ -15,3 +17,14 @@ def copy_three(root: Path) -> None:
     """Below a folder of runs."""
     for run in THREE:
         shutil.copytree(WIKITEXT103 / run, root / "wikitext103" / run)
+
+
+def committed_results(root: Path) -> Path:
+    """results/ as git's index has it, below `root`: without what was run or rebuilt here since. Where there is no git,
+    the folder itself."""
+    listed = subprocess.run(["git", "ls-files", "-z", "results"], cwd=PROJECT_ROOT, capture_output=True)
+    if listed.returncode or not listed.stdout:
+        return PROJECT_ROOT / "results"
+    command = ["git", "checkout-index", "-z", "--stdin", f"--prefix={root}/"]
+    subprocess.run(command, input=listed.stdout, cwd=PROJECT_ROOT, check=True)
+    return root / "results"

@@ -15,7 +15,7 @@ from rodimus_lab.experiment import EXPERIMENTS, REPORTS
 from rodimus_lab.nn.rodimus import RodimusConfig
 from rodimus_lab.records import PROJECT_ROOT, Record, load_records
 from rodimus_lab.registry import load_plugins
-from rodimus_lab.report import PaperResults, Printed, Table, write
+from rodimus_lab.report import PaperResults, Printed, Table
 from rodimus_lab.variant import Variant, rows_of
 
 load_plugins()
@@ -222,14 +222,6 @@ def test_table_18_takes_the_split_of_its_corpus() -> None:
     cells = {cell.text for row in made(18, [wiki, pile]).rows for cell in row}
     assert {"30.00", "9.00"} < cells
     assert "10.00" not in cells
-
-
-@pytest.mark.parametrize("number", NUMBERS)
-def test_the_committed_tables_are_those_of_the_committed_records(number: int, tmp_path: Path) -> None:
-    report = REPORTS[f"table{number}"]
-    records = [r for experiment in report.experiments for r in load_records(RESULTS / "runs", experiment=experiment)]
-    for path in write(report.make(records, PaperResults()), tmp_path, f"table{number}"):
-        assert path.read_bytes() == (RESULTS / "tables" / path.name).read_bytes(), f"run `make tables`: {path.name}"
 
 
 def test_from_the_command_line(cli, places, texts) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from experiments.memory_ppl import FIGURE_1A, cache_bytes, draw_figure_1a, points
-from rodimus_lab.experiment import EXPERIMENTS, REPORTS
+from rodimus_lab.experiment import EXPERIMENTS
 from rodimus_lab.records import PROJECT_ROOT, load_records
 from rodimus_lab.registry import load_plugins
-from rodimus_lab.report import PaperResults, Printed, write
+from rodimus_lab.report import PaperResults, Printed
 
 load_plugins()
 
@@ -69,14 +68,6 @@ def test_the_ends_of_every_line_can_be_built_small(model: str) -> None:
     for amount in (FIGURE_1A[model][0], FIGURE_1A[model][-1]):
         config = points("figure1a")[model, str(amount)].config(smoke=True)
         assert sum(p.numel() for p in config.build().parameters()) == config.num_params()
-
-
-@pytest.mark.parametrize("name", ["figure01a", "table7"])
-def test_the_committed_tables_are_those_of_the_committed_records(name: str, tmp_path: Path) -> None:
-    report = REPORTS[name]
-    records = [r for experiment in report.experiments for r in load_records(RESULTS / "runs", experiment=experiment)]
-    for path in write(report.make(records, PaperResults()), tmp_path, name):
-        assert path.read_bytes() == (RESULTS / "tables" / path.name).read_bytes(), f"run `make tables`: {path.name}"
 
 
 def test_from_the_command_line_to_the_figure(cli, places, texts) -> None:

@@ -27,7 +27,6 @@ from rodimus_lab.report import (
 from rodimus_lab.report.figure import by_name, figure_csv, spread
 from rodimus_lab.report.style import FAMILIES, OTHERS, model_of, style_of
 
-COMMITTED = PROJECT_ROOT / "results" / "figures"
 LINES = [Line("rodimus", (512, 1024), (5, 5)), Line("transformer", (512, 1024), (1.5, 3))]
 FIGURE = Figure("State", Axis("Context", "log2"), Axis("Bytes", unit="B"), LINES)
 
@@ -212,16 +211,17 @@ def test_names_are_kept_apart(heights: list[float], apart: list[float]) -> None:
     assert spread(heights, 0.1) == pytest.approx(apart, abs=1e-4)
 
 
-def test_the_committed_numbers_are_those_of_the_code() -> None:
+def test_the_committed_numbers_are_those_of_the_code(committed: Path) -> None:
     load_plugins()
-    records, paper = load_records(PROJECT_ROOT / "results" / "runs"), PaperResults()
+    figures = committed / "figures"
+    records, paper = load_records(committed / "runs"), PaperResults()
     made = {end: one for name in FIGURES for end, one in by_name(name, FIGURES[name](records, paper)).items()}
-    assert {path.stem for path in COMMITTED.iterdir()} == set(made)
+    assert {path.stem for path in figures.iterdir()} == set(made)
     for name, figure in made.items():
-        assert (COMMITTED / f"{name}.csv").read_text() == figure_csv(figure), f"run `make figures` and commit {name}"
-        assert (COMMITTED / f"{name}.svg").is_file()
-        assert (COMMITTED / f"{name}.png").stat().st_size < 300_000
-        assert (COMMITTED / f"{name}.pdf").stat().st_size < 100_000
+        assert (figures / f"{name}.csv").read_text() == figure_csv(figure), f"run `make figures` and commit {name}"
+        assert (figures / f"{name}.svg").is_file()
+        assert (figures / f"{name}.png").stat().st_size < 300_000
+        assert (figures / f"{name}.pdf").stat().st_size < 100_000
 
 
 def test_sources_and_what_is_missing_stand_in_the_numbers_and_the_note(tmp_path: Path) -> None:

@@ -14,30 +14,29 @@ from rodimus_lab.records import PROJECT_ROOT, load_records
 from rodimus_lab.registry import load_plugins
 from rodimus_lab.report import PaperResults, write
 
-RESULTS = PROJECT_ROOT / "results"
 SHADES = 16  # of 255: processors differ by so much in the soft edges of a PNG's lines, and in nothing else
 
 
 @pytest.fixture(autouse=True)
-def _committed_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RODIMUS_LAB_RESULTS", str(RESULTS / "runs"))
+def _committed_records(monkeypatch: pytest.MonkeyPatch, committed: Path) -> None:
+    monkeypatch.setenv("RODIMUS_LAB_RESULTS", str(committed / "runs"))
 
 
-def test_tables_are_up_to_date(tmp_path: Path) -> None:
+def test_tables_are_up_to_date(tmp_path: Path, committed: Path) -> None:
     load_plugins()
     paper = PaperResults()
     for name in REPORTS:
         records = [one for group in REPORTS[name].experiments for one in load_records(experiment=group)]
         for path in write(REPORTS[name].make(records, paper), tmp_path, name):
-            committed = RESULTS / "tables" / path.name
-            assert path.read_bytes() == committed.read_bytes(), f"run `make tables` and commit {path.name}"
+            there = committed / "tables" / path.name
+            assert path.read_bytes() == there.read_bytes(), f"run `make tables` and commit {path.name}"
 
 
 @pytest.mark.slow
-def test_the_commands_rebuild_the_same_whatever_the_environment(tmp_path: Path) -> None:
+def test_the_commands_rebuild_the_same_whatever_the_environment(tmp_path: Path, committed: Path) -> None:
     """Another number of threads, another order of sets, place, language and time of day."""
     pytest.importorskip("matplotlib")
-    (tmp_path / "runs").symlink_to(RESULTS / "runs")
+    (tmp_path / "runs").symlink_to(committed / "runs")
     odd = {
         "RODIMUS_LAB_RESULTS": str(tmp_path / "runs"),
         "OMP_NUM_THREADS": "3",
@@ -54,14 +53,10 @@ def test_the_commands_rebuild_the_same_whatever_the_environment(tmp_path: Path) 
         )
     for kind in ("tables", "figures"):
         made = {path.name: path for path in (tmp_path / kind).iterdir()}
-        assert set(made) == {path.name for path in (RESULTS / kind).iterdir()}
+        assert set(made) == {path.name for path in (committed / kind).iterdir()}
         for name, path in made.items():
-            committed = RESULTS / kind / name
-            same = (
-                apart(path, committed) <= SHADES
-                if path.suffix == ".png"
-                else path.read_bytes() == committed.read_bytes()
-            )
+            there = committed / kind / name
+            same = apart(path, there) <= SHADES if path.suffix == ".png" else path.read_bytes() == there.read_bytes()
             assert same, f"run `make {kind}` and commit {name}"
 
 
