@@ -104,6 +104,7 @@ class LinearMixer(TokenMixer):
             scale=self.shape.key_width**-0.5,
             state_BHKV=None if state is None else state.memory_BHKV,
             segments=segments,
+            last_state=state is not None,
         )
         y_BTD = self.write(o_BTHV, x_BTD)
         return y_BTD, None if state is None else LinearState(memory_BHKV.to(state.memory_BHKV.dtype))

@@ -120,6 +120,7 @@ class Retention(TokenMixer):
             scale=self.shape.key_width**-0.5,
             state_BHKV=None if state is None else state.memory_BHKV,
             segments=segments,
+            last_state=state is not None,
         )
         normed_BTHV = F.rms_norm(at_least_fp32(o_BTHV), o_BTHV.shape[-1:], eps=self.config.norm_eps).to(o_BTHV.dtype)
         y_BTD = self.out_proj((F.silu(g_BTHV) * normed_BTHV).flatten(-2))

@@ -265,6 +265,7 @@ class Rodimus(TokenMixer):
             scale=self.config.n**-0.5,
             state_BHKV=None if state is None else state.memory_B1nM,
             segments=segments,
+            last_state=state is not None,
         )
         y_BTM = gated_norm(
             o_BT1M.squeeze(2), conv_BTM, z_BTM, self.feedthrough, self.norm.weight, eps=self.config.norm_eps

@@ -79,8 +79,9 @@ def _mamba_ssm(
 
     if state is not None:  # It keeps a state of (..., P, N).
         state = state.transpose(-1, -2).contiguous()
+    chunk = CHUNK if x.shape[1] > CHUNK // 2 else CHUNK // 2  # A sequence is padded to whole ones.
     y, last = mamba_chunk_scan_combined(
-        x, dt, A, B.unsqueeze(2), C.unsqueeze(2), chunk_size=CHUNK, initial_states=state, return_final_states=True
+        x, dt, A, B.unsqueeze(2), C.unsqueeze(2), chunk_size=chunk, initial_states=state, return_final_states=True
     )
     return y, last.transpose(-1, -2)
 

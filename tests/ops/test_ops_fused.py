@@ -234,8 +234,7 @@ def test_what_they_cannot_do_is_said() -> None:
 
 
 FP32 = (
-    "bias_ptr", "weight_ptr", "feed_ptr", "rstd_ptr", "rstd_out", "up_ptr", "up_bias_ptr", "down_ptr", "ddown_out",
-    "dup_out", "dup_bias_out", "dweight_out", "dbias_out", "dfeed_out",
+    "bias_ptr", "weight_ptr", "feed_ptr", "rstd_ptr", "rstd_out", "up_ptr", "up_bias_ptr", "down_ptr", "sums_out",
 )  # fmt: skip
 GATE = {"R": 16, "BR": 16, "BM": 64, "STAGES": 2, "PRECISION": "tf32"}
 TILE = GATE | {"W": 4, "S": 16, "U": 4}

@@ -117,12 +117,13 @@ def test_fla_recurrence(dtype: torch.dtype, tolerance: float) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba-ssm is not installed")
+@pytest.mark.parametrize("T", [100, 300])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(FP32, 5e-3), (BF16, 2e-2)])
-def test_mamba_ssm_duality(dtype: torch.dtype, tolerance: float) -> None:
+def test_mamba_ssm_duality(dtype: torch.dtype, tolerance: float, T: int) -> None:
     """With an initial and a final state; as the one above, in TF32."""
-    shapes = {"x_BTHP": (2, 300, 4, 64), "B_BTN": (2, 300, 128), "C_BTN": (2, 300, 128), "state_BHNP": (2, 4, 128, 64)}
+    shapes = {"x_BTHP": (2, T, 4, 64), "B_BTN": (2, T, 128), "C_BTN": (2, T, 128), "state_BHNP": (2, 4, 128, 64)}
     leaves = {name: torch.randn(shape).bfloat16().double() for name, shape in shapes.items()}
-    leaves |= {"dt_BTH": 0.1 * torch.rand(2, 300, 4).double(), "A_H": -1 - torch.rand(4).double()}
+    leaves |= {"dt_BTH": 0.1 * torch.rand(2, T, 4).double(), "A_H": -1 - torch.rand(4).double()}
     leaves = {name: x.requires_grad_() for name, x in leaves.items()}
     got = values_and_gradients(
         lambda **x: ssd(**x, backend="mamba_ssm"), on_cuda(leaves, dtype, ("x_BTHP", "B_BTN", "C_BTN"))

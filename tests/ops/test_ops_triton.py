@@ -101,6 +101,32 @@ def test_gates_that_forget_at_once(forgotten: float) -> None:
 
 
 @runs_kernels
+@pytest.mark.parametrize("gate", [0.01, 2.0, 5.0, 40.0])
+def test_groups_of_every_size(gate: float) -> None:
+    """The more is forgotten, the fewer tokens one product may take together."""
+    check(errors((2, 64, 1, 16, 16), torch.float32, gate=gate), torch.float32)
+
+
+@runs_kernels
+@pytest.mark.parametrize("length", [70, 1100])
+def test_parts_of_wider_tensors_without_states(length: int) -> None:
+    """As a mixer in training calls it: nothing is asked of the last state, and none comes in."""
+    torch.manual_seed(0)
+    wide, v = torch.randn(2, length, 56, device=DEVICE), torch.randn(2, length, 1, 24, device=DEVICE)
+    gate = -torch.rand(2, length, 1, 16, device=DEVICE)
+
+    def run(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (wide, v, gate)]
+        q, _, k, _ = leaves[0].split([16, 16, 16, 8], dim=-1)
+        o, state = gated_linear(q.unsqueeze(2), k.unsqueeze(2), *leaves[1:], last_state=False, backend=backend)
+        assert state.numel() == 0
+        return [o, *torch.autograd.grad(o.square().sum(), leaves)]
+
+    for got, want in zip(run("triton", torch.float32), run("naive", torch.float64), strict=True):
+        assert (got.double() - want).norm() <= 1e-3 * want.norm()
+
+
+@runs_kernels
 @pytest.mark.parametrize("documents", ["", "packed"])
 def test_time_is_split_where_little_else_is(documents: str) -> None:
     from rodimus_lab.ops.gated_linear.triton import _plan_of
@@ -204,9 +230,9 @@ WIDE = {"H": 1, "BK": 64, "BV": 128, "C": 64, "PRECISION": "tf32"}
 @pytest.mark.parametrize(
     ("name", "constants"),
     [
-        ("_prepare_kernel", NARROW | {"AGAIN": False}),
-        ("_walk_kernel", WIDE),
-        ("_states_kernel", WIDE | {"D": 2, "KEEP": True, "ZERO": False, "DZERO": True}),
+        ("_prepare_kernel", NARROW),
+        ("_walk_kernel", WIDE | {"ZERO": True, "KEEP": True}),
+        ("_states_kernel", WIDE | {"D": 2, "KEEP": True, "ZERO": False, "DZERO": True, "END": False, "DEND": True}),
         ("_chunk_backward_kernel", WIDE | {"BV": 64}),
         ("_narrow_backward_kernel", NARROW),
         ("_cross_entropy_kernel", {"V": 50265, "P": 50304, "BLOCK": 8192, "BIAS": False, "DIFFERENTIATE": True}),

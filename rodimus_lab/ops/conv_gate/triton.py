@@ -124,7 +124,7 @@ def _forward_kernel(
 
 @triton.jit
 def _gate_kernel(
-    x_ptr, h_ptr, up_ptr, up_bias_ptr, dv_ptr, dh_out, dup_out, dup_bias_out, N, M, L, x_row, dv_row,
+    x_ptr, h_ptr, up_ptr, up_bias_ptr, dv_ptr, dh_out, sums_out, N, M, L, x_row, dv_row,
     R: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -156,15 +156,15 @@ def _gate_kernel(
         dup = tl.dot(tl.trans(dlogit), h, dup, input_precision=PRECISION)
         dh = tl.dot(dlogit, up, input_precision=PRECISION)
         tl.store(dh_out + (block.to(tl.int64) * N * R + at), dh.to(dh_out.dtype.element_ty), mask=in_h)
-    at = stretch * M + m
-    tl.store(dup_out + (at[:, None] * R + r[None, :]), dup, mask=in_up)
-    tl.store(dup_bias_out + at, tl.sum(dup_bias, 1) / BR, mask=in_m)
+    sums_out += stretch * M * (R + 1)
+    tl.store(sums_out + (m[:, None] * R + r[None, :]), dup, mask=in_up)
+    tl.store(sums_out + M * R + m, tl.sum(dup_bias, 1) / BR, mask=in_m)
 
 
 @triton.jit
 def _backward_kernel(
     x_ptr, h_ptr, dh_ptr, down_ptr, up_ptr, up_bias_ptr, weight_ptr, bias_ptr, state_ptr, id_ptr, dconv_ptr, dv_ptr,
-    dx_out, dstate_out, ddown_out, dweight_out, dbias_out, B, T, M, L, x_row, dconv_row, dv_row,
+    dx_out, dstate_out, sums_out, B, T, M, L, x_row, dconv_row, dv_row,
     W: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, U: tl.constexpr,
     STAGES: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -244,12 +244,11 @@ def _backward_kernel(
                 target = dstate_out + in_state + (first + i)[:, None] * M
                 tl.store(target, dx.to(dstate_out.dtype.element_ty), mask=before[:, None] & in_m)
 
-    group = tl.program_id(1).to(tl.int64)
-    tl.store(dbias_out + (group * M + m), tl.sum(dbias, 0)[None, :], mask=in_m)
+    sums_out += tl.program_id(1).to(tl.int64) * M * (R + W + 1)
+    tl.store(sums_out + (r[:, None] * M + m), tl.trans(ddown), mask=in_gate)
     for tap in tl.static_range(W):
-        tl.store(dweight_out + ((group * M + m) * W + tap), tl.sum(dtaps[tap], 0)[None, :], mask=in_m)
-    target = ddown_out + ((group * R + r[:, None]) * M + m)
-    tl.store(target, tl.trans(ddown), mask=in_gate)
+        tl.store(sums_out + M * R + (m * W + tap), tl.sum(dtaps[tap], 0)[None, :], mask=in_m)
+    tl.store(sums_out + M * (R + W) + m, tl.sum(dbias, 0)[None, :], mask=in_m)
 
 
 # A row of a tile is 128 bytes of a 16-bit type. STAGES: how many groups of U steps, or tiles, are in shared memory at
@@ -324,22 +323,19 @@ def _(
 def _backward(
     x: Tensor, down: Tensor, up: Tensor, up_bias: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None,
     ids: Tensor | None, h: Tensor, dconv: Tensor, dv: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of the first seven, the state's empty without one."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradient of x; those of W_2 and b, and those of W_1 and of the convolution's weight and bias, one after
+    another in float32; the state's, empty without one."""
     B, T, M = x.shape
     N, R, W = B * T, up.shape[1], weight.shape[1]
     rows, dconv, dv = _rows(x), _rows(dconv), _rows(dv)
     down, up = down.contiguous(), up.contiguous()
     constants = _constants(x, up, weight, state, ids)
-
-    def partial(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=torch.float32)
-
     tile = _fit(GATE_TILE, x)
     blocks, groups = triton.cdiv(M, tile["BM"]), triton.cdiv(N, GATE_STRETCH)
-    dh, dup, dup_bias = x.new_empty(blocks, N, R), partial(groups, M, R), partial(groups, M)
+    dh, of_gate = x.new_empty(blocks, N, R), x.new_empty(groups, M * (R + 1), dtype=torch.float32)
     _gate_kernel[(blocks, groups)](
-        rows, h, up, up_bias, dv, dh, dup, dup_bias, N, M, GATE_STRETCH, rows.stride(0), dv.stride(0),
+        rows, h, up, up_bias, dv, dh, of_gate, N, M, GATE_STRETCH, rows.stride(0), dv.stride(0),
         **tile, **{name: constants[name] for name in ("R", "BR", "PRECISION")},
     )  # fmt: skip
 
@@ -347,21 +343,13 @@ def _backward(
     L = _steps(x, tile)
     groups = triton.cdiv(B * triton.cdiv(T + (0 if state is None else W - 1), L), tile["S"])
     dx, dstate = x.new_empty(B, T, M), x.new_empty(0) if state is None else state.new_empty(state.shape)
-    ddown, dweight, dbias = partial(groups, R, M), partial(groups, M, W), partial(groups, M)
+    of_conv = x.new_empty(groups, M * (R + W + 1), dtype=torch.float32)
     _backward_kernel[(triton.cdiv(M, tile["BM"]), groups)](
         rows, h, dh.sum(0), down, up, up_bias, weight.contiguous(), bias, x if state is None else state.contiguous(),
-        x if ids is None else ids, dconv, dv, dx, dstate, ddown, dweight, dbias, B, T, M, L,
+        x if ids is None else ids, dconv, dv, dx, dstate, of_conv, B, T, M, L,
         rows.stride(0), dconv.stride(0), dv.stride(0), **tile, **constants,
     )  # fmt: skip
-    return (
-        dx,
-        ddown.sum(0).to(down.dtype),
-        dup.sum(0).to(up.dtype),
-        dup_bias.sum(0).to(up_bias.dtype),
-        dweight.sum(0).to(weight.dtype),
-        dbias.sum(0).to(bias.dtype),
-        dstate,
-    )
+    return dx, of_gate.sum(0), of_conv.sum(0), dstate
 
 
 @_backward.register_fake
@@ -369,8 +357,9 @@ def _(
     x: Tensor, down: Tensor, up: Tensor, up_bias: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None,
     ids: Tensor | None, h: Tensor, dconv: Tensor, dv: Tensor,
 ) -> Any:  # fmt: skip
-    gradients = [each.new_empty(each.shape) for each in (x, down, up, up_bias, weight, bias)]
-    return *gradients, x.new_empty(0) if state is None else state.new_empty(state.shape)
+    (M, R), W = up.shape, weight.shape[1]
+    sums = (x.new_empty(M * each, dtype=torch.float32) for each in (R + 1, R + W + 1))
+    return x.new_empty(x.shape), *sums, x.new_empty(0) if state is None else state.new_empty(state.shape)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -380,8 +369,16 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward_of(ctx: Any, dconv: Tensor, dv: Tensor, dh: Tensor) -> Any:
     """h is handed out for this pass only."""
     saved = ctx.saved_tensors  # Once: under recomputation the second look would be refused.
-    *gradients, dstate = _backward(*saved, dconv, dv)
-    return *gradients, None if saved[6] is None else dstate, None
+    _, down, up, up_bias, weight, bias, state, *_ = saved
+    dx, of_gate, of_conv, dstate = _backward(*saved, dconv, dv)
+    dup, dup_bias = _apart(of_gate, up, up_bias)
+    ddown, dweight, dbias = _apart(of_conv, down, weight, bias)
+    return dx, ddown, dup, dup_bias, dweight, dbias, None if state is None else dstate, None
+
+
+def _apart(sums: Tensor, *parameters: Tensor) -> list[Tensor]:
+    parts = sums.split([each.numel() for each in parameters])
+    return [part.view(each.shape).to(each.dtype) for part, each in zip(parts, parameters, strict=True)]
 
 
 _forward.register_autograd(_backward_of, setup_context=_setup_context)

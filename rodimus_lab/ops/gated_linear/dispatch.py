@@ -5,6 +5,7 @@ Shapes: B batch, T time, H heads, K key width (the paper's n), V value width (th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def gated_linear(
     scale: float = 1.0,
     state_BHKV: Tensor | None = None,
     segments: Segments | None = None,
+    last_state: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """S_t = (alpha_t^T beta_t) * S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t (Eq. 7).
@@ -39,8 +41,9 @@ def gated_linear(
     dimension and None means 1. The state is float32 (float64 for float64 inputs). Padding tokens of `segments` leave
     the state alone and give 0; each document after the first starts from a zero state.
 
-    Returns o_BTHV in v's dtype and the state after the last token. Raises `UserError` for a backend that cannot run.
-    Where the sequence is split over ranks (`ops/sequence.py`), the outputs and the state are those of the whole one.
+    Returns o_BTHV in v's dtype and the state after the last token, without `last_state` an empty tensor in its place.
+    Raises `UserError` for a backend that cannot run. Where the sequence is split over ranks (`ops/sequence.py`), the
+    outputs and the state are those of the whole one.
     """
     shard = sequence_shard()
     if shard is not None:
@@ -50,8 +53,6 @@ def gated_linear(
     wide = torch.promote_types(v_BTHV.dtype, torch.float32)
     if log_alpha_BTHK is None:
         log_alpha_BTHK = q_BTHK.new_zeros(1, 1, 1, 1, dtype=wide)
-    if state_BHKV is None:
-        state_BHKV = q_BTHK.new_zeros(batch, heads, key_width, value_width, dtype=wide)
     padding_BT11 = None
     if segments is not None:
         padding_BT11 = ~segments.valid_BT[:, :, None, None]
@@ -71,16 +72,35 @@ def gated_linear(
         "key_width": key_width,
     }
     chosen = choose("gated_linear", backend, facts).run
-    arguments = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK, log_beta_BTHV, scale, state_BHKV.to(wide), segments)
+    state_BHKV = None if state_BHKV is None else state_BHKV.to(wide)
+    arguments = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK, log_beta_BTHV, scale, state_BHKV, segments)
     if shard is not None:
-        return across_ranks(lambda: chosen(*arguments), shard, q_BTHK, log_alpha_BTHK, log_beta_BTHV, scale)
-    o_BTHV, state_BHKV = chosen(*arguments)
-    return (o_BTHV if padding_BT11 is None else o_BTHV.masked_fill(padding_BT11, 0.0)), state_BHKV
+        return across_ranks(lambda: chosen(*arguments, True), shard, q_BTHK, log_alpha_BTHK, log_beta_BTHV, scale)
+    o_BTHV, state_BHKV = chosen(*arguments, last_state)
+    if padding_BT11 is not None:
+        o_BTHV = o_BTHV.masked_fill(padding_BT11, 0.0)
+    return o_BTHV, state_BHKV if last_state else o_BTHV.new_empty(0, dtype=wide)
+
+
+def _from_a_state(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """For a backend that starts from a state, zeros if need be, and always gives the last one."""
+
+    def started(
+        q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, log_beta: Tensor | None, scale: float,
+        state: Tensor | None, segments: Segments | None, last_state: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if state is None:
+            wide = torch.promote_types(v.dtype, torch.float32)
+            state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[-1], dtype=wide)
+        return run(q, k, v, log_alpha, log_beta, scale, state, segments)
+
+    return started
 
 
 def _fla(
-    q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, log_beta: None, scale: float, state: Tensor, segments: None
-) -> Any:
+    q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, log_beta: None, scale: float, state: Tensor | None,
+    segments: None, last_state: bool,
+) -> Any:  # fmt: skip
     from fla.ops.gla import chunk_gla
 
     return chunk_gla(
@@ -90,7 +110,7 @@ def _fla(
         log_alpha.contiguous(),
         scale=scale,
         initial_state=state,
-        output_final_state=True,
+        output_final_state=last_state,
     )
 
 
@@ -130,10 +150,10 @@ def _one_step_why_not(length: int, **_: Any) -> str | None:
 
 declare(
     "gated_linear",
-    Backend("step", one_step, _one_step_why_not),
+    Backend("step", _from_a_state(one_step), _one_step_why_not),
     Backend("triton", _triton, _triton_why_not),
-    Backend("chunked", chunked),
+    Backend("chunked", _from_a_state(chunked)),
     Backend("fla", _fla, _fla_why_not),
-    Backend("naive", naive),
+    Backend("naive", _from_a_state(naive)),
     example={"length": 512, "beta": False, "packed": False, "dtype": torch.bfloat16, "key_width": 64},
 )

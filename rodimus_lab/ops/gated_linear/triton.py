@@ -13,8 +13,11 @@ The backward pass walks once forward for the states and once backward for their 
 ends of chunks in v's dtype, and takes the chunks one by one. Where batch, heads and blocks of values do not fill the
 GPU, time is split into stretches that are walked from a zero state, chained, and walked again from their true states.
 
-No exponent is positive: P is summed over the levels of a binary tree, at which the later half of each group of tokens
-meets the earlier half, and both their gates are taken from the last token of that earlier half.
+exp(a_ti - a_si) = exp(a_ti - a_pi) exp(a_pi - a_si) makes P a matrix product, for any token p in the middle, as long
+as neither factor grows too large. So P is taken in groups of tokens within which no decay falls below exp(-LIMIT): the
+whole chunk, unless much is forgotten in it. What is left are the levels of a binary tree over the groups, at which the
+later half of a larger group meets the earlier half and p is the last token of that earlier half: no exponent there is
+positive.
 
 Sums are taken in a fixed order: the same inputs give the same bits. Packed documents are zeros in q~, k~, P and
 exp(a_end), which the wide kernels need not know of.
@@ -45,31 +48,55 @@ ENOUGH_PROGRAMS = 256
 MIN_STRETCH = 8
 # exp of less is 0 in float32 whatever else is added, so nothing is lost by stopping there.
 FLOOR = tl.constexpr(-110.0)
+LIMIT = tl.constexpr(40.0)
 
 
 @triton.jit
-def _level(a, sum_ptr, row, col, half_bits, BK: tl.constexpr):
-    """One level of the tree, whose half groups have 2^half_bits tokens: exp(-|a - a at the last token of the group's
-    earlier half|); which rows are in a later half; which pairs of rows are in one group."""
-    group = row >> (half_bits + 1)
-    pivot = (group << (half_bits + 1)) + (1 << half_bits) - 1
-    decay = tl.exp(-tl.abs(a - tl.load(sum_ptr + pivot[:, None] * BK + col[None, :])))
-    later = ((row >> half_bits) & 1) == 1
-    return decay, later[:, None], group[:, None] == group[None, :]
+def _at(sum_ptr, token, col, BK: tl.constexpr):
+    return tl.load(sum_ptr + token[:, None] * BK + col[None, :])
+
+
+@triton.jit
+def _group_bits(a, sum_ptr, row, col, BK: tl.constexpr, LEVELS: tl.constexpr):
+    """The most, up to `LEVELS`, for which no decay within a group of 2^bits tokens is less than exp(-LIMIT)."""
+    bits = tl.full([], LEVELS, tl.int32)
+    fall = tl.max(a - _at(sum_ptr, row | ((1 << bits) - 1), col, BK))
+    while fall > LIMIT:
+        bits -= 1
+        fall = tl.max(a - _at(sum_ptr, row | ((1 << bits) - 1), col, BK))
+    return bits
+
+
+@triton.jit
+def _within(a, sum_ptr, row, col, bits, BK: tl.constexpr):
+    """The groups of 2^bits tokens: a less a in the middle of the group; which pairs are in one, the later first."""
+    middle = (row >> bits << bits) + (1 << bits) // 2
+    pair = ((row[:, None] >> bits) == (row[None, :] >> bits)) & (row[:, None] > row[None, :])
+    return a - _at(sum_ptr, middle, col, BK), pair
+
+
+@triton.jit
+def _across(a, sum_ptr, row, col, half_bits, BK: tl.constexpr):
+    """The halves of 2^half_bits tokens of groups twice as large: exp(-|a - a at the last token of the earlier half|);
+    which rows are in a later half; which pairs meet, of the later half and of the earlier."""
+    border = (row >> (half_bits + 1) << (half_bits + 1)) + (1 << half_bits) - 1
+    later = ((row >> half_bits) & 1 == 1)[:, None]
+    pair = (((row[:, None] ^ row[None, :]) >> half_bits) == 1) & later
+    return tl.exp(-tl.abs(a - _at(sum_ptr, border, col, BK))), later, pair
 
 
 @triton.jit
 def _prepare_kernel(
     q_ptr, k_ptr, gate_ptr, document_ptr, sum_out, score_out, q_out, k_out, decay_out, scale, T, N,
+    q_row, q_head, k_row, k_head,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, KB: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, AGAIN: tl.constexpr,
+    PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk: a (C, BK), P (C, C), q~ (C, BK), k~ (C, BK), exp(a_end) (BK). `AGAIN`: a and P are there already."""
+    """One chunk: a (C, BK), P (C, C), q~ (C, BK), k~ (C, BK), exp(a_end) (BK)."""
     n = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    chunk = bh * N + n
-    first = ((b * T + n * C) * H + h) * K
+    chunk, token = bh * N + n, b * T + n * C
     row = tl.arange(0, C)
     t = n * C + row
     diagonal = row[:, None] == row[None, :]
@@ -81,18 +108,16 @@ def _prepare_kernel(
     score = tl.zeros([C, C], tl.float32)
     for block in tl.static_range(BK // KB):
         col = block * KB + tl.arange(0, KB)
-        at = row[:, None] * (H * K) + col[None, :]
         inside = (t < T)[:, None] & (col < K)[None, :]
-        q = tl.load(q_ptr + first + at, mask=inside, other=0.0).to(tl.float32) * scale
-        k = tl.load(k_ptr + first + at, mask=inside, other=0.0).to(tl.float32)
+        q_at = q_ptr + token * q_row + h * q_head + (row[:, None] * q_row + col[None, :])
+        k_at = k_ptr + token * k_row + h * k_head + (row[:, None] * k_row + col[None, :])
+        gate_at = gate_ptr + (token * H + h) * K + (row[:, None] * (H * K) + col[None, :])
+        q = tl.load(q_at, mask=inside, other=0.0).to(tl.float32) * scale
+        k = tl.load(k_at, mask=inside, other=0.0).to(tl.float32)
         narrow = row[:, None] * BK + col[None, :]
-        if AGAIN:
-            a = tl.load(sum_out + chunk * C * BK + narrow)
-        else:
-            gate = tl.maximum(tl.load(gate_ptr + first + at, mask=inside, other=0.0), FLOOR)
-            a = tl.cumsum(gate, 0)
-            tl.store(sum_out + chunk * C * BK + narrow, a)
-            tl.debug_barrier()  # What follows reads rows of a that other threads have written.
+        a = tl.cumsum(tl.maximum(tl.load(gate_at, mask=inside, other=0.0), FLOOR), 0)
+        tl.store(sum_out + chunk * C * BK + narrow, a)
+        tl.debug_barrier()  # What follows reads rows of a that other threads have written.
         end = tl.load(sum_out + chunk * C * BK + (C - 1) * BK + col)
         seen = q * tl.exp(a)
         kept = k * tl.exp(tl.minimum(end[None, :] - a, 0.0))
@@ -104,33 +129,37 @@ def _prepare_kernel(
         tl.store(q_out + chunk * C * BK + narrow, seen.to(q_out.dtype.element_ty))
         tl.store(k_out + chunk * C * BK + narrow, kept.to(k_out.dtype.element_ty))
         tl.store(decay_out + chunk * BK + col, decay)
-        if not AGAIN:
-            for half_bits in range(LEVELS):
-                decay_to, later, together = _level(a, sum_out + chunk * C * BK, row, col, half_bits, BK)
-                queries = tl.where(later, q * decay_to, 0.0).to(DOT)
-                keys = tl.where(later, 0.0, k * decay_to).to(DOT)
-                met = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-                score += tl.where(together, met, 0.0)
-            score += tl.where(diagonal, tl.sum(q * k, 1)[:, None], 0.0)
+        score += tl.where(diagonal, tl.sum(q * k, 1)[:, None], 0.0)
+        bits = _group_bits(a, sum_out + chunk * C * BK, row, col, BK, LEVELS)
+        rise, pair = _within(a, sum_out + chunk * C * BK, row, col, bits, BK)
+        queries, keys = (q * tl.exp(rise)).to(DOT), (k * tl.exp(-rise)).to(DOT)
+        score += tl.where(pair, tl.dot(queries, tl.trans(keys), input_precision=PRECISION), 0.0)
+        for half_bits in range(bits, LEVELS):
+            decay_to, later, pair = _across(a, sum_out + chunk * C * BK, row, col, half_bits, BK)
+            either = (tl.where(later, q, k) * decay_to).to(DOT)
+            score += tl.where(pair, tl.dot(either, tl.trans(either), input_precision=PRECISION), 0.0)
     if PACKED:
         score = tl.where(document[:, None] == document[None, :], score, 0.0)
-    if not AGAIN:
-        tl.store(score_out + chunk * C * C + (row[:, None] * C + row[None, :]), score.to(score_out.dtype.element_ty))
+    tl.store(score_out + chunk * C * C + (row[:, None] * C + row[None, :]), score.to(score_out.dtype.element_ty))
 
 
 @triton.jit
 def _walk_kernel(
     q_ptr, k_ptr, score_ptr, decay_ptr, v_ptr, start_ptr, o_ptr, end_ptr, T, V, N, LENGTH,
-    H: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ZERO: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of values over the `LENGTH` chunks of one stretch: o, and the state at its end."""
+    """One block of values over the `LENGTH` chunks of one stretch: o, and if it is to `KEEP` it the state at its end.
+    `ZERO` starts from 0."""
     block, stretch, stretches = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     row, col, value = tl.arange(0, C), tl.arange(0, BK), block * BV + tl.arange(0, BV)
     in_block = (value < V)[None, :]
     in_state = col[:, None] * V + value[None, :]
-    state = tl.load(start_ptr + (bh * stretches + stretch) * BK * V + in_state, mask=in_block, other=0.0)
+    state = tl.zeros([BK, BV], tl.float32)
+    if not ZERO:
+        state = tl.load(start_ptr + (bh * stretches + stretch) * BK * V + in_state, mask=in_block, other=0.0)
     for n in range(stretch * LENGTH, tl.minimum(stretch * LENGTH + LENGTH, N)):
         first, chunk = ((b * T + n * C) * H + h) * V, bh * N + n
         at = row[:, None] * (H * V) + value[None, :]
@@ -144,7 +173,8 @@ def _walk_kernel(
         o = tl.dot(q, state.to(v.dtype), o, input_precision=PRECISION)
         tl.store(o_ptr + first + at, o.to(o_ptr.dtype.element_ty), mask=inside)
         state = tl.dot(k, v, state * decay[:, None], input_precision=PRECISION)
-    tl.store(end_ptr + (bh * stretches + stretch) * BK * V + in_state, state, mask=in_block)
+    if KEEP:
+        tl.store(end_ptr + (bh * stretches + stretch) * BK * V + in_state, state, mask=in_block)
 
 
 @triton.jit
@@ -152,11 +182,11 @@ def _states_kernel(
     q_ptr, k_ptr, decay_ptr, v_ptr, do_ptr, start_ptr, dstart_ptr, states_out, dstates_out, end_out, dend_out,
     T, V, N, LENGTH,
     H: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, D: tl.constexpr, KEEP: tl.constexpr,
-    ZERO: tl.constexpr, DZERO: tl.constexpr, PRECISION: tl.constexpr,
+    ZERO: tl.constexpr, DZERO: tl.constexpr, END: tl.constexpr, DEND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of values over one stretch, from its start to its end: forward, the states; in the other direction,
-    their gradients. `KEEP` stores the state entering each chunk and the gradient of the one leaving it, and of what the
-    stretch ends with only the gradient. `ZERO` and `DZERO` start from 0 in one and the other direction."""
+    their gradients. `KEEP` stores the state entering each chunk and the gradient of the one leaving it. In one and the
+    other direction, `ZERO` and `DZERO` start from 0, `END` and `DEND` store what the stretch ends with."""
     block, reverse = tl.program_id(0), tl.program_id(2) % D
     stretch, stretches = tl.program_id(2) // D, tl.num_programs(2) // D
     bh = tl.program_id(1).to(tl.int64)
@@ -164,9 +194,10 @@ def _states_kernel(
     row, col, value = tl.arange(0, C), tl.arange(0, BK), block * BV + tl.arange(0, BV)
     in_block = (value < V)[None, :]
     in_state = (bh * stretches + stretch) * BK * V + (col[:, None] * V + value[None, :])
-    wide_ptr, narrow_ptr, kept_out, start, end, zero = v_ptr, k_ptr, states_out, start_ptr, end_out, ZERO
+    wide_ptr, narrow_ptr, kept_out, start, end, zero, keep = v_ptr, k_ptr, states_out, start_ptr, end_out, ZERO, END
     if reverse:
-        wide_ptr, narrow_ptr, kept_out, start, end, zero = do_ptr, q_ptr, dstates_out, dstart_ptr, dend_out, DZERO
+        wide_ptr, narrow_ptr, kept_out, start, end = do_ptr, q_ptr, dstates_out, dstart_ptr, dend_out
+        zero, keep = DZERO, DEND
     begin = stretch * LENGTH
     length = tl.minimum(LENGTH, N - begin)
     state = tl.load(start + in_state, mask=in_block & (zero == 0), other=0.0)
@@ -181,8 +212,8 @@ def _states_kernel(
             kept = kept_out + chunk * BK * V + (col[:, None] * V + value[None, :])
             tl.store(kept, state.to(states_out.dtype.element_ty), mask=in_block)
         state = tl.dot(y, x, state * decay[:, None], input_precision=PRECISION)
-    if not KEEP or reverse:
-        tl.store(end + in_state, state, mask=in_block)
+    if END or DEND:
+        tl.store(end + in_state, state, mask=in_block & (keep != 0))
 
 
 @triton.jit
@@ -251,6 +282,7 @@ def _chunk_backward_kernel(
 @triton.jit
 def _narrow_backward_kernel(
     q_ptr, k_ptr, document_ptr, sum_ptr, dq_ptr, dk_ptr, dscore_ptr, ddecay_ptr, dq_out, dk_out, dgate_out, scale, T, N,
+    q_row, q_head, k_row, k_head,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, KB: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
     PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -262,49 +294,56 @@ def _narrow_backward_kernel(
     n = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    chunk = bh * N + n
+    chunk, token = bh * N + n, b * T + n * C
     row, col = tl.arange(0, C), tl.program_id(2) * KB + tl.arange(0, KB)
     t = n * C + row
-    first = ((b * T + n * C) * H + h) * K
-    at = row[:, None] * (H * K) + col[None, :]
     inside = (t < T)[:, None] & (col < K)[None, :]
     narrow = row[:, None] * BK + col[None, :]
-    q = tl.load(q_ptr + first + at, mask=inside, other=0.0).to(tl.float32) * scale
-    k = tl.load(k_ptr + first + at, mask=inside, other=0.0).to(tl.float32)
+    q_at = q_ptr + token * q_row + h * q_head + (row[:, None] * q_row + col[None, :])
+    k_at = k_ptr + token * k_row + h * k_head + (row[:, None] * k_row + col[None, :])
+    q = tl.load(q_at, mask=inside, other=0.0).to(tl.float32) * scale
+    k = tl.load(k_at, mask=inside, other=0.0).to(tl.float32)
     a = tl.load(sum_ptr + chunk * C * BK + narrow)
-    end = tl.load(sum_ptr + chunk * C * BK + (C - 1) * BK + col)
-    dq = tl.load(dq_ptr + chunk * C * BK + narrow)
-    dk = tl.load(dk_ptr + chunk * C * BK + narrow)
-    own = tl.load(dscore_ptr + chunk * C * C + row * (C + 1))[:, None]
-    ddecay = tl.load(ddecay_ptr + chunk * BK + col) * tl.exp(end)
+    document, before, last = row, 0, 0
     if PACKED:
         document = tl.load(document_ptr + b * T + t, mask=t < T, other=-1)
         before = tl.load(document_ptr + b * T + n * C - 1, mask=n > 0, other=0)
         last = tl.load(document_ptr + b * T + tl.minimum(n * C + C, T) - 1)
-        dq = tl.where((document == before)[:, None], dq, 0.0)
-        dk = tl.where((document == last)[:, None], dk, 0.0)
-        ddecay = tl.where(before == last, ddecay, 0.0)
-    dq = dq * tl.exp(a) + own * k
-    dk *= tl.exp(tl.minimum(end[None, :] - a, 0.0))
-    of_end = ddecay + tl.sum(k * dk, 0)
-    dk += own * q
-    for half_bits in range(LEVELS):
-        decay_to, later, together = _level(a, sum_ptr + chunk * C * BK, row, col, half_bits, BK)
-        queries = tl.where(later, q * decay_to, 0.0).to(DOT)
-        keys = tl.where(later, 0.0, k * decay_to).to(DOT)
+
+    # What is not needed at once is loaded late or again, as registers are scarcer than loads from the cache.
+    dscore_at = dscore_ptr + chunk * C * C + (row[:, None] * C + row[None, :])
+    bits = _group_bits(a, sum_ptr + chunk * C * BK, row, col, BK, LEVELS)
+    rise, pair = _within(a, sum_ptr + chunk * C * BK, row, col, bits, BK)
+    if PACKED:
+        pair = pair & (document[:, None] == document[None, :])
+    rise, fall, dscore = tl.exp(rise), tl.exp(-rise), tl.load(dscore_at, mask=pair, other=0.0).to(DOT)
+    dq = tl.dot(dscore, (k * fall).to(DOT), input_precision=PRECISION) * rise
+    dk = tl.dot(tl.trans(dscore), (q * rise).to(DOT), input_precision=PRECISION) * fall
+    for half_bits in range(bits, LEVELS):
+        decay_to, later, pair = _across(a, sum_ptr + chunk * C * BK, row, col, half_bits, BK)
         if PACKED:
-            together = together & (document[:, None] == document[None, :])
-        # Loaded at every level, in both orders, as registers are scarcer than loads from the cache.
-        dscore = tl.load(dscore_ptr + chunk * C * C + (row[:, None] * C + row[None, :]))
-        dscore_T = tl.load(dscore_ptr + chunk * C * C + (row[None, :] * C + row[:, None]))
-        dscore = tl.where(together, dscore, 0.0).to(DOT)
-        dscore_T = tl.where(together, dscore_T, 0.0).to(DOT)
-        dq += tl.where(later, tl.dot(dscore, keys, input_precision=PRECISION) * decay_to, 0.0)
-        dk += tl.where(later, 0.0, tl.dot(dscore_T, queries, input_precision=PRECISION) * decay_to)
+            pair = pair & (document[:, None] == document[None, :])
+        either, dscore = (tl.where(later, q, k) * decay_to).to(DOT), tl.load(dscore_at, mask=pair, other=0.0).to(DOT)
+        dq += tl.dot(dscore, either, input_precision=PRECISION) * decay_to
+        dk += tl.dot(tl.trans(dscore), either, input_precision=PRECISION) * decay_to
+
+    end = tl.load(sum_ptr + chunk * C * BK + (C - 1) * BK + col)
+    own = tl.load(dscore_ptr + chunk * C * C + row * (C + 1))[:, None]
+    seen = tl.load(dq_ptr + chunk * C * BK + narrow) * tl.exp(a)
+    kept = tl.load(dk_ptr + chunk * C * BK + narrow) * tl.exp(tl.minimum(end[None, :] - a, 0.0))
+    ddecay = tl.load(ddecay_ptr + chunk * BK + col) * tl.exp(end)
+    if PACKED:
+        seen = tl.where((document == before)[:, None], seen, 0.0)
+        kept = tl.where((document == last)[:, None], kept, 0.0)
+        ddecay = tl.where(before == last, ddecay, 0.0)
+    of_end = ddecay + tl.sum(k * kept, 0)
+    dq += seen + own * k
+    dk += kept + own * q
     dgate = tl.cumsum(q * dq - k * dk, 0, reverse=True) + of_end[None, :]
-    tl.store(dq_out + first + at, (dq * scale).to(dq_out.dtype.element_ty), mask=inside)
-    tl.store(dk_out + first + at, dk.to(dk_out.dtype.element_ty), mask=inside)
-    tl.store(dgate_out + first + at, dgate, mask=inside)
+    at = (token * H + h) * K + (row[:, None] * (H * K) + col[None, :])
+    tl.store(dq_out + at, (dq * scale).to(dq_out.dtype.element_ty), mask=inside)
+    tl.store(dk_out + at, dk.to(dk_out.dtype.element_ty), mask=inside)
+    tl.store(dgate_out + at, dgate, mask=inside)
 
 
 class _Plan(NamedTuple):
@@ -379,22 +418,29 @@ class _Narrow(NamedTuple):
     decay: Tensor
 
 
-def _prepare(
-    plan: _Plan, q: Tensor, k: Tensor, gate: Tensor, scale: float, kept: tuple[Tensor, Tensor] | None = None
-) -> _Narrow:
-    """`kept` are a and P, where an earlier call has given them."""
+def _prepare(plan: _Plan, q: Tensor, k: Tensor, gate: Tensor, scale: float) -> _Narrow:
     B, H, N, BK = plan.B, plan.H, plan.N, plan.BK
-    sums, score = kept or (
-        q.new_empty(B, H, N, CHUNK, BK, dtype=torch.float32),
-        q.new_empty(B, H, N, CHUNK, CHUNK, dtype=plan.dtype),
-    )
+    sums, decay = (q.new_empty(*shape, dtype=torch.float32) for shape in ((B, H, N, CHUNK, BK), (B, H, N, BK)))
+    score = q.new_empty(B, H, N, CHUNK, CHUNK, dtype=plan.dtype)
     q_seen, k_kept = torch.empty_like(sums, dtype=plan.dtype), torch.empty_like(sums, dtype=plan.dtype)
-    narrow = _Narrow(sums, score, q_seen, k_kept, q.new_empty(B, H, N, BK, dtype=torch.float32))
+    narrow = _Narrow(sums, score, q_seen, k_kept, decay)
     _prepare_kernel[(N, B * H)](
         q, k, gate, gate if plan.documents is None else plan.documents, *narrow, scale, plan.T, N,
-        AGAIN=kept is not None, num_warps=4, num_stages=1, **plan.narrow(64),
+        *_strides(q), *_strides(k), num_warps=4, num_stages=1, **plan.narrow(64),
     )  # fmt: skip
     return narrow
+
+
+def _strides(x_BTHK: Tensor) -> tuple[int, int]:
+    """From token to token, over the border of two sequences as well, and from head to head."""
+    return x_BTHK.stride(1), x_BTHK.stride(2)
+
+
+def _even(x_BTHK: Tensor) -> Tensor:
+    """Itself where `_strides` and 1 are its strides, as they are of a part of a wider tensor; a copy where not."""
+    B, T, _, K = x_BTHK.shape
+    dense = K == 1 or x_BTHK.stride(3) == 1
+    return x_BTHK if dense and (B == 1 or x_BTHK.stride(0) == T * x_BTHK.stride(1)) else x_BTHK.contiguous()
 
 
 def _states(
@@ -405,22 +451,25 @@ def _states(
     starts: tuple[Tensor | None, Tensor | None],
     split: tuple[int, int],
     kept: tuple[Tensor, Tensor] | None = None,
+    ends: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor, Tensor]:
-    """Walk every stretch, with `do` in both directions; the states and their gradients at its end, both (B,H,S,BK,V).
+    """Walk every stretch, with `do` in both directions; the states and their gradients at its end, both (B,H,S,BK,V)
+    or, where `ends` wants none, empty.
 
     A start that is None is zero.
     """
     stretches, length = split
-    ends = [v.new_empty(plan.B, plan.H, stretches, plan.BK, plan.V, dtype=torch.float32) for _ in range(2)]
+    shape = plan.B, plan.H, stretches, plan.BK, plan.V
+    end, dend = (v.new_empty(shape if wanted else 0, dtype=torch.float32) for wanted in ends)
     directions = 1 if do is None else 2
     _states_kernel[(triton.cdiv(plan.V, plan.BV), plan.B * plan.H, directions * stretches)](
         narrow.q, narrow.k, narrow.decay, v, v if do is None else do,
-        *(end if start is None else start for start, end in zip(starts, ends, strict=True)),
-        *(kept or (v, v)), *ends, plan.T, plan.V, plan.N, length,
-        D=directions, KEEP=kept is not None, ZERO=starts[0] is None, DZERO=starts[1] is None,
+        *(end if start is None else start for start in starts), *(kept or (v, v)), end, dend,
+        plan.T, plan.V, plan.N, length, D=directions, KEEP=kept is not None,
+        ZERO=starts[0] is None, DZERO=starts[1] is None, END=ends[0], DEND=ends[1],
         num_warps=4, num_stages=plan.stages, **plan.wide(plan.BV),
     )  # fmt: skip
-    return ends[0], ends[1]
+    return end, dend
 
 
 def _chain(
@@ -451,93 +500,101 @@ def _plan_of(q: Tensor, v: Tensor, documents: Tensor | None) -> _Plan:
 
 @opaque_operator("gated_linear")
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor, documents: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, the last state, and for the backward pass a and P."""
-    q, k, v, gate = q.contiguous(), k.contiguous(), v.contiguous(), gate.contiguous()
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor | None, documents: Tensor | None, scale: float,
+    last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """o, the `last` state or an empty tensor, and what `_prepare` has for the backward pass."""
+    q, k, v, gate = _even(q), _even(k), v.contiguous(), gate.contiguous()
     plan = _plan_of(q, v, documents)
     narrow = _prepare(plan, q, k, gate, scale)
     stretches, length = plan.stretches(directions=1)
     start = _padded(plan, state)
     if stretches > 1:
-        end, _ = _states(plan, narrow, v, None, (None, None), (stretches, length))
+        end, _ = _states(plan, narrow, v, None, (None, None), (stretches, length), ends=(True, False))
         start = _chain(plan, narrow.decay, start, end, length)
-    assert start is not None
-    o, end = torch.empty_like(v), torch.empty_like(start)
+    o = torch.empty_like(v)
+    end = v.new_empty((plan.B, plan.H, stretches, plan.BK, plan.V) if last else 0, dtype=torch.float32)
     width, stages = plan.walk(stretches)
     _walk_kernel[(triton.cdiv(plan.V, width), plan.B * plan.H, stretches)](
-        narrow.q, narrow.k, narrow.score, narrow.decay, v, start, o, end, plan.T, plan.V, plan.N, length,
+        narrow.q, narrow.k, narrow.score, narrow.decay, v, end if start is None else start, o, end,
+        plan.T, plan.V, plan.N, length, ZERO=start is None, KEEP=last,
         num_warps=4, num_stages=stages, **plan.wide(width),
     )  # fmt: skip
-    final = end if stretches == 1 else end[:, :, -1]
-    return o, final[:, :, : plan.K].contiguous(), narrow.sums, narrow.score
+    return o, end[:, :, -1, : plan.K].contiguous() if last else end, *narrow
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor, documents: Tensor | None, scale: float) -> Any:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: Tensor | None, documents: Tensor | None, scale: float,
+    last: bool,
+) -> Any:  # fmt: skip
     plan = _plan_of(q, v, documents)
-    rows = (plan.B, plan.H, plan.N, CHUNK)
-    sums = gate.new_empty(*rows, plan.BK, dtype=torch.float32)
-    return v.new_empty(v.shape), state.new_empty(state.shape), sums, v.new_empty(*rows, CHUNK)
+    chunks = plan.B, plan.H, plan.N
+    final = v.new_empty((plan.B, plan.H, plan.K, plan.V) if last else 0, dtype=torch.float32)
+    sums, decay = (gate.new_empty(*chunks, *each, plan.BK, dtype=torch.float32) for each in ((CHUNK,), ()))
+    score, q_seen, k_kept = (v.new_empty(*chunks, CHUNK, each) for each in (CHUNK, plan.BK, plan.BK))
+    return v.new_empty(v.shape), final, sums, score, q_seen, k_kept, decay
 
 
 @opaque_operator("gated_linear_backward")
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, documents: Tensor | None, sums: Tensor, score: Tensor, scale: float,
-    do: Tensor, dfinal: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, documents: Tensor | None, sums: Tensor, score: Tensor,
+    q_seen: Tensor, k_kept: Tensor, decay: Tensor, scale: float, do: Tensor, dfinal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v, do = (x.contiguous() for x in (q, k, v, do))
+    """The gradients of the first five of `_forward`, the state's empty without one."""
+    q, k, v, do = _even(q), _even(k), v.contiguous(), do.contiguous()
     plan = _plan_of(q, v, documents)
     B, H, N, BK, K = plan.B, plan.H, plan.N, plan.BK, plan.K
-    narrow = _prepare(plan, q, k, sums, scale, (sums, score))
+    narrow = _Narrow(sums, score, q_seen, k_kept, decay)
     stretches, length = split = plan.stretches(directions=2)
     starts = _padded(plan, state), _padded(plan, dfinal)
     if stretches > 1:
         ends = _states(plan, narrow, v, do, (None, None), split)
         starts = (
-            _chain(plan, narrow.decay, starts[0], ends[0], length),
-            _chain(plan, narrow.decay, starts[1], ends[1], length, reverse=True),
+            _chain(plan, decay, starts[0], ends[0], length),
+            _chain(plan, decay, starts[1], ends[1], length, reverse=True),
         )
     kept = v.new_empty(B, H, N, BK, plan.V), v.new_empty(B, H, N, BK, plan.V)
-    _, dstart = _states(plan, narrow, v, do, starts, split, kept)
+    _, dstart = _states(plan, narrow, v, do, starts, split, kept, (False, state is not None))
     dv = torch.empty_like(v)
     dq_wide, dk_wide = torch.empty_like(sums), torch.empty_like(sums)
-    ddecay, dscore = torch.empty_like(narrow.decay), torch.empty_like(score, dtype=torch.float32)
+    ddecay, dscore = torch.empty_like(decay), torch.empty_like(score, dtype=torch.float32)
     _chunk_backward_kernel[(N, B * H)](
-        narrow.k, score, v, do, *kept, dv, dq_wide, dk_wide, dscore, ddecay, plan.T, plan.V, N,
+        k_kept, score, v, do, *kept, dv, dq_wide, dk_wide, dscore, ddecay, plan.T, plan.V, N,
         num_warps=4 if BK <= 64 else 8, num_stages=plan.stages, **plan.wide(min(64, plan.BV)),
     )  # fmt: skip
-    dq, dk, dgate = torch.empty_like(q), torch.empty_like(k), torch.empty_like(q, dtype=torch.float32)
+    dq, dk, dgate = (q.new_empty(q.shape, dtype=dtype) for dtype in (q.dtype, k.dtype, torch.float32))
     sizes = plan.narrow(32)
     _narrow_backward_kernel[(N, B * H, BK // sizes["KB"])](
         q, k, sums if documents is None else documents, sums, dq_wide, dk_wide, dscore, ddecay, dq, dk, dgate,
-        scale, plan.T, N, num_warps=4, num_stages=1, **sizes,
+        scale, plan.T, N, *_strides(q), *_strides(k), num_warps=4, num_stages=1, **sizes,
     )  # fmt: skip
-    return dq, dk, dv, dgate, dstart[:, :, 0, :K].contiguous()
+    return dq, dk, dv, dgate, dstart if state is None else dstart[:, :, 0, :K].contiguous()
 
 
 @_backward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, documents: Tensor | None, sums: Tensor, score: Tensor, scale: float,
-    do: Tensor, dfinal: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, documents: Tensor | None, sums: Tensor, score: Tensor,
+    q_seen: Tensor, k_kept: Tensor, decay: Tensor, scale: float, do: Tensor, dfinal: Tensor | None,
 ) -> Any:  # fmt: skip
-    dq, dk, dv, dstate = (x.new_empty(x.shape) for x in (q, k, v, state))
-    return dq, dk, dv, q.new_empty(q.shape, dtype=torch.float32), dstate
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dgate = q.new_empty(q.shape, dtype=torch.float32)
+    return dq, dk, dv, dgate, v.new_empty(0 if state is None else state.shape, dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, _, state, documents, ctx.scale = inputs
-    _, _, sums, score = output
-    ctx.mark_non_differentiable(sums, score)
+    q, k, v, _, state, documents, ctx.scale, _ = inputs
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, state, documents, sums, score)
+    ctx.save_for_backward(q, k, v, state, documents, *output[2:])
 
 
 def _backward_of(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Any) -> Any:
     saved = ctx.saved_tensors  # Once: under recomputation the second look would be refused.
     if do is None:
         do = torch.zeros_like(saved[2])
-    return (*_backward(*saved, ctx.scale, do, dfinal), None, None)
+    dq, dk, dv, dgate, dstate = _backward(*saved, ctx.scale, do, dfinal)
+    return dq, dk, dv, dgate, None if saved[3] is None else dstate, None, None, None
 
 
 _forward.register_autograd(_backward_of, setup_context=_setup_context)
@@ -550,9 +607,12 @@ def fused(
     log_alpha_BTHK: Tensor,
     log_beta_BTHV: None,
     scale: float,
-    state_BHKV: Tensor,
+    state_BHKV: Tensor | None,
     segments: Segments | None,
+    last_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """See `gated_linear` for the arguments. Matrix products in v's dtype, gates and sums in float32."""
+    """See `gated_linear` for the arguments; the last state is empty where it is not asked for. Matrix products in v's
+    dtype, gates and sums in float32."""
     documents = None if segments is None else segments.documents_BT.int().contiguous()
-    return _forward(q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK, state_BHKV, documents, scale)[:2]
+    o_BTHV, state, *_ = _forward(q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK, state_BHKV, documents, scale, last_state)
+    return o_BTHV, state

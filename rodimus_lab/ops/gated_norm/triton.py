@@ -50,7 +50,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dy_ptr, o_ptr, x_ptr, z_ptr, feed_ptr, weight_ptr, rstd_ptr, do_out, dz_out, dfeed_out, dweight_out,
+    dy_ptr, o_ptr, x_ptr, z_ptr, feed_ptr, weight_ptr, rstd_ptr, do_out, dz_out, sums_out,
     N, M, L, dy_row, o_row, x_row, z_row,
     BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -84,9 +84,9 @@ def _backward_kernel(
         dz = du * fed * (gate + silu * (1 - gate))
         tl.store(do_out + (n * M + m), do.to(do_out.dtype.element_ty), mask=here)
         tl.store(dz_out + (n * M + m), dz.to(dz_out.dtype.element_ty), mask=here)
-    at = tl.program_id(0).to(tl.int64) * M + m
-    tl.store(dfeed_out + at, tl.sum(dfeed, 0, keep_dims=True), mask=in_m)
-    tl.store(dweight_out + at, tl.sum(dweight, 0, keep_dims=True), mask=in_m)
+    at = sums_out + tl.program_id(0).to(tl.int64) * 2 * M + m
+    tl.store(at, tl.sum(dfeed, 0, keep_dims=True), mask=in_m)
+    tl.store(at + M, tl.sum(dweight, 0, keep_dims=True), mask=in_m)
 
 
 # Programs a multiprocessor; elements of a thread and of a tile, as a narrow row by itself is too little to read at a
@@ -135,22 +135,23 @@ def _(o: Tensor, x: Tensor, z: Tensor, feedthrough: Tensor, weight: Tensor, eps:
 @opaque_operator("gated_norm_backward")
 def _backward(
     o: Tensor, x: Tensor, z: Tensor, feedthrough: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of o and z, and in float32 those of the feedthrough and the weight, one below the other."""
     do, dz, M = o.new_empty(o.shape), z.new_empty(z.shape), o.shape[-1]
     o, x, z, dy = _rows(o), _rows(x), _rows(z), _rows(dy)
     N = o.shape[0]
     programs, each, sizes = _launch(o, N, **BACKWARD)
-    dfeed, dweight = (o.new_empty(programs, M, dtype=torch.float32) for _ in range(2))
+    sums = o.new_empty(programs, 2, M, dtype=torch.float32)
     _backward_kernel[(programs,)](
-        dy, o, x, z, feedthrough, weight, rstd, do, dz, dfeed, dweight, N, M, each,
+        dy, o, x, z, feedthrough, weight, rstd, do, dz, sums, N, M, each,
         dy.stride(0), o.stride(0), x.stride(0), z.stride(0), **sizes,
     )  # fmt: skip
-    return do, dz, dfeed.sum(0).to(feedthrough.dtype), dweight.sum(0).to(weight.dtype)
+    return do, dz, sums.sum(0)
 
 
 @_backward.register_fake
 def _(o: Tensor, x: Tensor, z: Tensor, feedthrough: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor) -> Any:
-    return tuple(each.new_empty(each.shape) for each in (o, z, feedthrough, weight))
+    return o.new_empty(o.shape), z.new_empty(z.shape), o.new_empty(2, o.shape[-1], dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -159,9 +160,10 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward_of(ctx: Any, dy: Tensor, drstd: Tensor) -> Any:
     """rstd is handed out for this pass only."""
-    saved = _, x, _, feedthrough, *_ = ctx.saved_tensors  # Once: under recomputation the second look would be refused.
-    do, dz, dfeedthrough, dweight = _backward(*saved, dy)
-    return do, (do * feedthrough).to(x.dtype), dz, dfeedthrough, dweight, None
+    saved = ctx.saved_tensors  # Once: under recomputation the second look would be refused.
+    _, x, _, feedthrough, weight, _ = saved
+    do, dz, sums = _backward(*saved, dy)
+    return do, (do * feedthrough).to(x.dtype), dz, sums[0].to(feedthrough.dtype), sums[1].to(weight.dtype), None
 
 
 _forward.register_autograd(_backward_of, setup_context=_setup_context)
