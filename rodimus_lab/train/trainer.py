@@ -414,8 +414,10 @@ class Trainer:
 
 
 def compile_blocks(model: LanguageModel) -> None:
-    """Compile each block by itself, in place: blocks that are alike share one graph, and names stay as they are."""
+    """Compile each block by itself, in place: blocks that are alike share one graph, and names stay as they are. So is
+    the embedding, as torch's own kernel is slow at narrow rows."""
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.accumulated_recompile_limit = 1024
+    model.embedding.compile(dynamic=False)
     for block in model.blocks:
         block.compile(dynamic=False)

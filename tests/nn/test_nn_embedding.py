@@ -28,6 +28,14 @@ def test_equals_torchs(shape: tuple[int, int], share: float) -> None:
     torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_compiled() -> None:
+    ids, dy = torch.randint(0, 3, (2, 7)), torch.randn(2, 7, 6)
+    weight = torch.randn(40, 6, requires_grad=True)
+    y = torch.compile(look_up, fullgraph=True, dynamic=False)(ids, weight)
+    assert torch.equal(y, weight[ids])
+    assert torch.equal(*(torch.autograd.grad(z, weight, dy)[0] for z in (y, look_up(ids, weight))))
+
+
 @pytest.mark.gpu
 def test_on_cuda_the_same_bits_every_time() -> None:
     embedding = Embedding(8192, 64).cuda()

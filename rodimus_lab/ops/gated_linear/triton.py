@@ -60,7 +60,7 @@ def _at(sum_ptr, token, col, BK: tl.constexpr):
 def _group_bits(a, sum_ptr, row, col, BK: tl.constexpr, LEVELS: tl.constexpr):
     """The most, up to `LEVELS`, for which no decay within a group of 2^bits tokens is less than exp(-LIMIT)."""
     bits = tl.full([], LEVELS, tl.int32)
-    fall = tl.max(a - _at(sum_ptr, row | ((1 << bits) - 1), col, BK))
+    fall = tl.max(tl.load(sum_ptr + col) - tl.load(sum_ptr + ((1 << LEVELS) - 1) * BK + col))
     while fall > LIMIT:
         bits -= 1
         fall = tl.max(a - _at(sum_ptr, row | ((1 << bits) - 1), col, BK))
@@ -83,6 +83,21 @@ def _across(a, sum_ptr, row, col, half_bits, BK: tl.constexpr):
     later = ((row >> half_bits) & 1 == 1)[:, None]
     pair = (((row[:, None] ^ row[None, :]) >> half_bits) == 1) & later
     return tl.exp(-tl.abs(a - _at(sum_ptr, border, col, BK))), later, pair
+
+
+@triton.jit
+def _sums(x, row, REVERSE: tl.constexpr, dtype: tl.constexpr):
+    """x (C, KB) summed over the rows up to each, or from each on. Where products are of bfloat16, as products of x's three
+    parts of 8 bits, which lose nothing, as a scan across threads takes many instructions."""
+    if dtype != tl.bfloat16:
+        return tl.cumsum(x, 0, reverse=REVERSE)
+    ahead = row[:, None] - row[None, :]
+    counted = tl.where((ahead <= 0) if REVERSE else (ahead >= 0), 1.0, 0.0).to(dtype)
+    high = x.to(dtype)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(dtype)
+    total = tl.dot(counted, (rest - middle.to(tl.float32)).to(dtype))
+    return tl.dot(counted, high, tl.dot(counted, middle, total))
 
 
 @triton.jit
@@ -115,7 +130,7 @@ def _prepare_kernel(
         q = tl.load(q_at, mask=inside, other=0.0).to(tl.float32) * scale
         k = tl.load(k_at, mask=inside, other=0.0).to(tl.float32)
         narrow = row[:, None] * BK + col[None, :]
-        a = tl.cumsum(tl.maximum(tl.load(gate_at, mask=inside, other=0.0), FLOOR), 0)
+        a = _sums(tl.maximum(tl.load(gate_at, mask=inside, other=0.0), FLOOR), row, False, DOT)
         tl.store(sum_out + chunk * C * BK + narrow, a)
         tl.debug_barrier()  # What follows reads rows of a that other threads have written.
         end = tl.load(sum_out + chunk * C * BK + (C - 1) * BK + col)
@@ -288,8 +303,8 @@ def _narrow_backward_kernel(
 ):  # fmt: skip
     """One chunk and block of keys: from the gradients of q~, k~, P and exp(a_end) to those of q, k and the log gate.
 
-    The log gate's follows from the others: a_t multiplies q_t and divides k_t wherever they meet, so its gradient is
-    q_t dq_t - k_t dk_t, and a_end adds its own.
+    The log gate's follows from the others: a_t multiplies q_t and divides k_t wherever they meet others, so that its
+    gradient is q_t dq_t - k_t dk_t without what they owe to each other, and a_end adds its own.
     """
     n = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -316,16 +331,25 @@ def _narrow_backward_kernel(
     rise, pair = _within(a, sum_ptr + chunk * C * BK, row, col, bits, BK)
     if PACKED:
         pair = pair & (document[:, None] == document[None, :])
+    # For the gate the products are taken with q and k as they were rounded for them: what q_t dq_t and k_s dk_s owe to
+    # one pair is then the same, and cancels wherever it has to.
     rise, fall, dscore = tl.exp(rise), tl.exp(-rise), tl.load(dscore_at, mask=pair, other=0.0).to(DOT)
-    dq = tl.dot(dscore, (k * fall).to(DOT), input_precision=PRECISION) * rise
-    dk = tl.dot(tl.trans(dscore), (q * rise).to(DOT), input_precision=PRECISION) * fall
+    queries, keys = (q * rise).to(DOT), (k * fall).to(DOT)
+    dq = tl.dot(dscore, keys, input_precision=PRECISION)
+    dk = tl.dot(tl.trans(dscore), queries, input_precision=PRECISION)
+    dgate = queries.to(tl.float32) * dq - keys.to(tl.float32) * dk
+    dq *= rise
+    dk *= fall
     for half_bits in range(bits, LEVELS):
         decay_to, later, pair = _across(a, sum_ptr + chunk * C * BK, row, col, half_bits, BK)
         if PACKED:
             pair = pair & (document[:, None] == document[None, :])
         either, dscore = (tl.where(later, q, k) * decay_to).to(DOT), tl.load(dscore_at, mask=pair, other=0.0).to(DOT)
-        dq += tl.dot(dscore, either, input_precision=PRECISION) * decay_to
-        dk += tl.dot(tl.trans(dscore), either, input_precision=PRECISION) * decay_to
+        of_later = tl.dot(dscore, either, input_precision=PRECISION)
+        of_earlier = tl.dot(tl.trans(dscore), either, input_precision=PRECISION)
+        dgate += either.to(tl.float32) * (of_later - of_earlier)
+        dq += of_later * decay_to
+        dk += of_earlier * decay_to
 
     end = tl.load(sum_ptr + chunk * C * BK + (C - 1) * BK + col)
     own = tl.load(dscore_ptr + chunk * C * C + row * (C + 1))[:, None]
@@ -337,9 +361,9 @@ def _narrow_backward_kernel(
         kept = tl.where((document == last)[:, None], kept, 0.0)
         ddecay = tl.where(before == last, ddecay, 0.0)
     of_end = ddecay + tl.sum(k * kept, 0)
+    dgate = _sums(dgate + q * seen - k * kept, row, True, DOT) + of_end[None, :]
     dq += seen + own * k
     dk += kept + own * q
-    dgate = tl.cumsum(q * dq - k * dk, 0, reverse=True) + of_end[None, :]
     at = (token * H + h) * K + (row[:, None] * (H * K) + col[None, :])
     tl.store(dq_out + at, (dq * scale).to(dq_out.dtype.element_ty), mask=inside)
     tl.store(dk_out + at, dk.to(dk_out.dtype.element_ty), mask=inside)
