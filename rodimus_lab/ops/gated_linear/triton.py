@@ -87,8 +87,8 @@ def _across(a, sum_ptr, row, col, half_bits, BK: tl.constexpr):
 
 @triton.jit
 def _sums(x, row, REVERSE: tl.constexpr, dtype: tl.constexpr):
-    """x (C, KB) summed over the rows up to each, or from each on. Where products are of bfloat16, as products of x's three
-    parts of 8 bits, which lose nothing, as a scan across threads takes many instructions."""
+    """x (C, KB) summed over the rows up to each, or from each on. Where products are of bfloat16, as products of the
+    three parts of 8 bits that x has, which lose nothing, as a scan across threads takes many instructions."""
     if dtype != tl.bfloat16:
         return tl.cumsum(x, 0, reverse=REVERSE)
     ahead = row[:, None] - row[None, :]
