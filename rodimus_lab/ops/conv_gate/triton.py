@@ -254,10 +254,11 @@ def _backward_kernel(
 # A row of a tile is 128 bytes of a 16-bit type. STAGES: how many groups of U steps, or tiles, are in shared memory at
 # once, one of them in use.
 FORWARD_TILE = {"S": 16, "BM": 64, "U": 4, "STAGES": 4, "num_warps": 4, "maxnreg": 128}
-GATE_TILE = {"BT": 64, "BM": 64, "STAGES": 3, "num_warps": 4, "maxnreg": 168}
+GATE_TILE = {"BT": 64, "BM": 64, "STAGES": 4, "num_warps": 4, "maxnreg": 168}
 BACKWARD_TILE = {"S": 16, "BM": 64, "U": 4, "STAGES": 3, "num_warps": 4}
-# Programs a multiprocessor that stretches may be cut short for, and the longest: a stretch reads W-1 tokens too many.
-PROGRAMS, LONGEST = 2, 128
+# Programs a multiprocessor that stretches may be cut short for, forward and backward, and the longest: a stretch reads
+# W-1 tokens too many, and backward has sums over its tokens to be added to the others'.
+PROGRAMS, BACKWARD_PROGRAMS, LONGEST = 2, 1, 128
 # Tokens that a program of the gate's backward pass sums over.
 GATE_STRETCH = 1024
 
@@ -266,10 +267,10 @@ def _fit(tile: dict[str, int], x: Tensor) -> dict[str, int]:
     return tile | {"BM": min(tile["BM"] * 2 // x.element_size(), max(16, triton.next_power_of_2(x.shape[-1])))}
 
 
-def _steps(x: Tensor, tile: dict[str, int]) -> int:
+def _steps(x: Tensor, tile: dict[str, int], programs: int) -> int:
     """L, a power of two."""
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    wanted = x.numel() // (tile["S"] * tile["BM"] * PROGRAMS * multiprocessors)
+    wanted = x.numel() // (tile["S"] * tile["BM"] * programs * multiprocessors)
     return min(LONGEST, max(4 * tile["U"], triton.next_power_of_2(wanted + 1) // 2))
 
 
@@ -302,7 +303,7 @@ def _forward(
     h = rows @ down.to(x.dtype).T
     conv, v = x.new_empty(x.shape), x.new_empty(x.shape)
     tile = _fit(FORWARD_TILE, x)
-    L = _steps(x, tile)
+    L = _steps(x, tile, PROGRAMS)
     _forward_kernel[(triton.cdiv(M, tile["BM"]), triton.cdiv(B * triton.cdiv(T, L), tile["S"]))](
         rows, h, up.contiguous(), up_bias, weight.contiguous(), bias, x if state is None else state.contiguous(),
         x if ids is None else ids, conv, v, B, T, M, L, rows.stride(0),
@@ -340,7 +341,7 @@ def _backward(
     )  # fmt: skip
 
     tile = _fit(BACKWARD_TILE, x)
-    L = _steps(x, tile)
+    L = _steps(x, tile, BACKWARD_PROGRAMS)
     groups = triton.cdiv(B * triton.cdiv(T + (0 if state is None else W - 1), L), tile["S"])
     dx, dstate = x.new_empty(B, T, M), x.new_empty(0) if state is None else state.new_empty(state.shape)
     of_conv = x.new_empty(groups, M * (R + W + 1), dtype=torch.float32)

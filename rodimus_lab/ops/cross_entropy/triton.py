@@ -15,9 +15,10 @@ from torch import Tensor
 
 from rodimus_lab.ops.fast_math import fast_exp
 
-# A program takes half a multiprocessor. The rows at work, and so what has to stay in the cache between the two walks,
-# are then few.
-BLOCK, WARPS = 4096, 32
+# Of long rows a program takes half a multiprocessor: the rows at work, and so what has to stay in the cache between the
+# two walks, are then few. Short ones stay there in any case, and small programs wait less for their own threads.
+BLOCK, WARPS = 2048, 32
+SHORT, WARPS_OF_SHORT = 16384, 8
 LOWEST = tl.constexpr(-1e30)
 
 
@@ -74,6 +75,6 @@ def losses_and_gradient(
         _cross_entropy_kernel[(tokens,)](
             logits_NP, targets_N, logits_NP if bias_P is None else bias_P, losses_N, ignore_index,
             V=vocab, P=width, BLOCK=min(BLOCK, triton.next_power_of_2(width)), BIAS=bias_P is not None,
-            DIFFERENTIATE=differentiate, num_warps=WARPS,
+            DIFFERENTIATE=differentiate, num_warps=WARPS if width > SHORT else WARPS_OF_SHORT,
         )  # fmt: skip
     return losses_N, logits_NP

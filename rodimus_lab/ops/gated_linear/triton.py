@@ -86,21 +86,6 @@ def _across(a, sum_ptr, row, col, half_bits, BK: tl.constexpr):
 
 
 @triton.jit
-def _sums(x, row, REVERSE: tl.constexpr, dtype: tl.constexpr):
-    """x (C, KB) summed over the rows up to each, or from each on. Where products are of bfloat16, as products of the
-    three parts of 8 bits that x has, which lose nothing, as a scan across threads takes many instructions."""
-    if dtype != tl.bfloat16:
-        return tl.cumsum(x, 0, reverse=REVERSE)
-    ahead = row[:, None] - row[None, :]
-    counted = tl.where((ahead <= 0) if REVERSE else (ahead >= 0), 1.0, 0.0).to(dtype)
-    high = x.to(dtype)
-    rest = x - high.to(tl.float32)
-    middle = rest.to(dtype)
-    total = tl.dot(counted, (rest - middle.to(tl.float32)).to(dtype))
-    return tl.dot(counted, high, tl.dot(counted, middle, total))
-
-
-@triton.jit
 def _prepare_kernel(
     q_ptr, k_ptr, gate_ptr, document_ptr, sum_out, score_out, q_out, k_out, decay_out, scale, T, N,
     q_row, q_head, k_row, k_head,
@@ -130,7 +115,7 @@ def _prepare_kernel(
         q = tl.load(q_at, mask=inside, other=0.0).to(tl.float32) * scale
         k = tl.load(k_at, mask=inside, other=0.0).to(tl.float32)
         narrow = row[:, None] * BK + col[None, :]
-        a = _sums(tl.maximum(tl.load(gate_at, mask=inside, other=0.0), FLOOR), row, False, DOT)
+        a = tl.cumsum(tl.maximum(tl.load(gate_at, mask=inside, other=0.0), FLOOR), 0)
         tl.store(sum_out + chunk * C * BK + narrow, a)
         tl.debug_barrier()  # What follows reads rows of a that other threads have written.
         end = tl.load(sum_out + chunk * C * BK + (C - 1) * BK + col)
@@ -361,7 +346,7 @@ def _narrow_backward_kernel(
         kept = tl.where((document == last)[:, None], kept, 0.0)
         ddecay = tl.where(before == last, ddecay, 0.0)
     of_end = ddecay + tl.sum(k * kept, 0)
-    dgate = _sums(dgate + q * seen - k * kept, row, True, DOT) + of_end[None, :]
+    dgate = tl.cumsum(dgate + q * seen - k * kept, 0, reverse=True) + of_end[None, :]
     dq += seen + own * k
     dk += kept + own * q
     at = (token * H + h) * K + (row[:, None] * (H * K) + col[None, :])
