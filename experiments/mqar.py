@@ -33,13 +33,14 @@ LONG, LONG_WIDTH = 1024, 256  # Figure 1b
 BATCHES = {64: 512, 128: 512, 256: 256, 512: 128, 1024: 64}
 RATES = {"6": (1e-4, 4.642e-4, 2.154e-3, 1e-2), "1b": (3.162e-4, 3.162e-3, 1e-2)}
 EPOCHS = {"6": 64, "1b": 32}
-PRECISION: Precision = "tf32"
+PRECISION: Precision = "bf16"
 PRECISIONS = {
     "fp32": "float32",
     "tf32": "float32, its products in TensorFloat32",
     "bf16": "bfloat16 over float32 weights",
 }
 CLOSE = 0.03
+ENOUGH: float = MqarConfig.model_fields["enough"].default
 SEEDS = 3
 SHORT = 8  # The short budget has one epoch for so many of the paper's.
 SMOKE = {"seq_len": 64, "num_pairs": 4, "vocab_size": 256, "width": 32, "expansion": 16, "lr": 1.4e-2}
@@ -57,7 +58,7 @@ def contested(records: Sequence[Record]) -> list[Recipe]:
     """The best runs of the points where models differ by less than `CLOSE`, with the next seeds."""
     more = []
     for points in best_points(records).values():
-        for point in too_close(points, CLOSE, MqarConfig.model_fields["enough"].default):
+        for point in too_close(points, CLOSE, ENOUGH):
             recipe = Recipe.from_dict(point.runs[0].recipe)
             more += [recipe.replace(seed=recipe.seed + number) for number in range(1, SEEDS)]
     return more
@@ -78,7 +79,7 @@ def mqar(
     """Train on multi-query associative recall: a figure's runs, or those of one model, length, width or rate.
 
     The smoke budget trains one small model on a short task; the short one has an eighth of the epochs. The precision is
-    tf32 unless it is given, of the smoke budget fp32.
+    bf16 unless it is given, of the smoke budget fp32.
     """
     name, _ = choose_budget(budget)
     if name == "smoke":
@@ -305,20 +306,25 @@ def _figure(
     quoted: Sequence[Line],
     command: str,
 ) -> Figure:
-    """A point is the best of its rates; those of fewer than all `rates` so far are named."""
+    """A point is the best of its rates. Those of fewer than all `rates` so far are named, and drawn only where a run
+    ended above 99 %: at the others another rate may do far better."""
+    partly = {key for key, point in points.items() if not set(rates) <= set(point.by_rate)}
+    open_yet = {key for key in partly if points[key].accuracy <= ENOUGH}
     lines, missing = list(quoted), []
     for name, xs in wanted:
-        run = [x for x in xs if (name, x) in points]
-        missing += [(name, x) for x in xs if x not in run]
+        run = [x for x in xs if (name, x) in points and (name, x) not in open_yet]
+        missing += [(name, x) for x in xs if (name, x) not in points]
         if run:
             best = [points[name, x] for x in run]
             sources = [f"{'; '.join(run.id for run in b.runs)} at rate {b.lr:g}" for b in best]
             stds = [spread_over_seeds(b.runs) for b in best]
             lines.append(Line(name, run, [b.accuracy for b in best], sources, stds=stds, runs=[b.runs for b in best]))
-    started = [(name, x) for name, xs in wanted for x in xs if (name, x) in points]
-    partly = tell_points(key for key in started if not set(rates) <= set(points[key].by_rate))
+    started = [(name, x) for name, xs in wanted for x in xs if (name, x) in partly]
+    ended = tell_points(key for key in started if key not in open_yet)
+    not_drawn = tell_points(key for key in started if key in open_yet)
     remarks = [PRECISIONS[run.recipe["precision"]] for point in points.values() for run in point.runs][:1]
-    remarks += [f"not all of {len(rates)} learning rates yet: {partly}"] if partly else []
+    remarks += [f"not all of {len(rates)} learning rates yet: {ended}"] if ended else []
+    remarks += [f"not drawn before all of {len(rates)} learning rates are run: {not_drawn}"] if not_drawn else []
     x, y = Axis(x_label, "log2"), Axis("Accuracy", "share")
     return Figure(title, x, y, lines, missing, remark="; ".join(remarks), command=command)
 

@@ -95,7 +95,9 @@ def recall(model: LanguageModel, batches: Iterable[tuple[Tensor, ...]], device: 
             logits_BPV = model.logits(x_BPD)
             counted_BP, right_BP = answers_BP != IGNORE, logits_BPV.argmax(-1) == answers_BP
             asked_B = counted_BP.any(1)
-            total[0] += cross_entropy(logits_BPV.transpose(1, 2), answers_BP, ignore_index=IGNORE, reduction="sum")
+            total[0] += cross_entropy(
+                logits_BPV.flatten(0, 1), answers_BP.flatten(), ignore_index=IGNORE, reduction="sum"
+            )
             total[1] += counted_BP.sum()
             total[2] += right_BP.sum()
             total[3] += asked_B.sum()

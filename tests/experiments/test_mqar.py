@@ -76,7 +76,7 @@ def test_figure_6_is_d_7_and_zoology():
             0.1,
             None,
         )
-        assert (recipe.schedule.kind, recipe.precision, recipe.seed) == ("cosine_by_epoch", "tf32", 123)
+        assert (recipe.schedule.kind, recipe.precision, recipe.seed) == ("cosine_by_epoch", "bf16", 123)
     rates = sorted({recipe.optimizer.lr for recipe in recipes})
     assert [math.log10(rate) for rate in rates] == pytest.approx([-4, -3.3, -2.7, -2], abs=0.05)
 
@@ -166,7 +166,7 @@ def test_figure_1b_has_the_papers_points_and_ours():
     )
     assert figure.note.endswith(
         f"{found[1].device}; not run: rodimus at 16, 32, 128, 256, rodimus+, mamba2, mamba "
-        "(rodimus-lab mqar --figure 1b --budget paper); float32, its products in TensorFloat32"
+        "(rodimus-lab mqar --figure 1b --budget paper); bfloat16 over float32 weights"
     )
     text = to_markdown(figure01b(found, PAPER))
     assert "read by eye (paper)" in text
@@ -175,18 +175,21 @@ def test_figure_1b_has_the_papers_points_and_ours():
 
 def test_a_panel_of_figure_6_shows_runs_of_one_budget_and_precision():
     make = FIGURES["figure06-128"]
-    short = [record(r, 0.7) for r in mqar("6", model="rodimus", length=128, width=64, lr=1e-2, budget="short")]
-    bf16 = [record(r, 0.8) for r in mqar("6", model="rodimus", length=128, width=64, budget="paper", precision="bf16")]
+    short = [record(r, 0.7) for r in mqar("6", model="rodimus", length=128, width=64, budget="short")]
+    tf32 = [record(r, 0.8) for r in mqar("6", model="rodimus", length=128, width=64, budget="paper", precision="tf32")]
     full = runs([0.1, 0.5, 0.9, 0.2], model="rodimus", length=128, width=64)
     panel = make(full, PAPER)
     (line,) = panel.lines
     assert (line.name, list(line.xs), list(line.ys)) == ("rodimus", [64], [0.9])
-    assert panel.note.endswith("; float32, its products in TensorFloat32")
+    assert panel.note.endswith("; bfloat16 over float32 weights")
     assert list(make([*short, *full], PAPER).lines[0].ys) == [0.9]
-    assert list(make([*bf16[:2], *full], PAPER).lines[0].ys) == [0.9]
-    assert list(make([*bf16, *full[:3]], PAPER).lines[0].ys) == [0.8]
+    assert list(make([*tf32[:2], *full], PAPER).lines[0].ys) == [0.9]
+    assert list(make([*tf32, *full[:3]], PAPER).lines[0].ys) == [0.8]
     panel = make(full[:2], PAPER)
-    assert list(panel.lines[0].ys) == [0.5]
+    assert panel.lines == []
+    assert panel.note.endswith("; not drawn before all of 4 learning rates are run: rodimus at 64")
+    panel = make(runs([0.1, 0.995, 0.2, 0.2], model="rodimus", length=128, width=64)[:2], PAPER)
+    assert list(panel.lines[0].ys) == [0.995]
     assert panel.note.endswith("; not all of 4 learning rates yet: rodimus at 64")
     panel = make(short, PAPER)
     assert list(panel.lines[0].ys) == [0.7]
