@@ -8,10 +8,6 @@ Time mixing, with u the normed input and u' the one before it (0 at the start):
 
 Channel mixing: y = sigmoid(r) * (ReLU(k)^2 W_v), with k and r of mixed inputs as well.
 
-Both sums are diagonal recurrences. They are kept as multiples of exp(p_t), where p_t = max(p_{t-1} - w, k_t) is the
-largest exponent that they hold: the decay from t-1 to t is then exp(p_{t-1} - w - p_t) <= 1, the new term is
-exp(k_t - p_t) <= 1, and the denominator is at least 1. wkv does not depend on p, which therefore needs no gradient.
-
 Shapes: B batch, T time, D model width, F hidden width; 2: numerator, denominator.
 """
 
@@ -32,9 +28,9 @@ from rodimus_lab.nn.mixer import Initializer, State, TokenMixer, TokenMixerConfi
 from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.norm import at_least_fp32
 from rodimus_lab.nn.zoo import MODELS, Size
-from rodimus_lab.ops.diagonal_scan import diagonal_scan, starts_BT
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.short_conv import short_conv
+from rodimus_lab.ops.wkv import wkv
 
 SHIFT_FLOPS = 4  # a channel: the shift is a convolution of two taps
 
@@ -167,79 +163,22 @@ class RWKV4(TokenMixer):
         self, x_BTD: Tensor, state: State | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, State | None]:
         past_BTD, shift = shifted(x_BTD, None if state is None else state.shift_B1D, segments)
-        k_BTD = at_least_fp32(self.key(mixed(past_BTD, x_BTD, self.mix_k)))
+        k_BTD = self.key(mixed(past_BTD, x_BTD, self.mix_k))
         v_BTD = self.value(mixed(past_BTD, x_BTD, self.mix_v))
         r_BTD = self.receptance(mixed(past_BTD, x_BTD, self.mix_r))
         sums = top = None
         if state is not None:
-            sums, top = state.sums_BD2.to(k_BTD.dtype), state.top_BD.to(k_BTD.dtype)
+            sums, top = at_least_fp32(state.sums_BD2), at_least_fp32(state.top_BD)
         log_w_D = -at_least_fp32(self.decay).exp()
-        wkv_BTD, sums, top = wkv(k_BTD, at_least_fp32(v_BTD), log_w_D, self.bonus, sums, top, segments)
-        y_BTD = self.output(r_BTD.sigmoid() * wkv_BTD.to(r_BTD.dtype))
+        wkv_BTD, sums, top = wkv(
+            k_BTD, v_BTD, log_w_D, at_least_fp32(self.bonus), sums, top, segments, last_state=state is not None
+        )
+        y_BTD = self.output(r_BTD.sigmoid() * wkv_BTD)
         if state is None:
             return y_BTD, None
         return y_BTD, RWKV4State(
             shift.to(state.shift_B1D.dtype), sums.to(state.sums_BD2.dtype), top.to(state.top_BD.dtype)
         )
-
-
-def wkv(
-    k_BTD: Tensor,
-    v_BTD: Tensor,
-    log_w_D: Tensor,
-    bonus_D: Tensor,
-    sums_BD2: Tensor | None = None,
-    top_BD: Tensor | None = None,
-    segments: Segments | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """wkv_BTD, the sums after the last token over exp(p), and that p; `log_w_D` is -w."""
-    if sums_BD2 is None or top_BD is None:
-        top_BD = torch.zeros_like(k_BTD[:, 0])
-        sums_BD2 = torch.stack([top_BD, top_BD], dim=-1)
-    log_w_BTD = log_w_D.expand_as(k_BTD)
-    seen_k_BTD = k_BTD
-    if segments is not None:
-        padding_BT1 = ~segments.valid_BT.unsqueeze(-1)
-        seen_k_BTD = k_BTD.masked_fill(padding_BT1, -math.inf)
-        log_w_BTD = log_w_BTD.masked_fill(padding_BT1, 0.0)
-    with torch.no_grad():
-        top_BD = top_BD.masked_fill(sums_BD2[..., 1] == 0, -math.inf)
-        before_BTD, after_BTD = running_top(seen_k_BTD, log_w_BTD, top_BD, segments)
-        after_BTD = after_BTD.masked_fill(after_BTD == -math.inf, 0.0)  # nothing seen yet: any p will do
-    new_BTD2 = (seen_k_BTD - after_BTD).exp().unsqueeze(-1) * torch.stack([v_BTD, torch.ones_like(v_BTD)], dim=-1)
-    log_a_BTD1 = (before_BTD + log_w_BTD - after_BTD).unsqueeze(-1)
-    h_BTD2, last_BD2 = diagonal_scan(new_BTD2, log_a_BTD1, state_BX=sums_BD2, segments=segments)
-    past_BTD2 = torch.cat([sums_BD2.unsqueeze(1), h_BTD2[:, :-1]], dim=1)
-    if segments is not None:  # Padding gives 0; the token after it continues the state.
-        after_padding_BT = F.pad(~segments.valid_BT[:, :-1], (1, 0))[:, :, None, None]
-        past_BTD2 = torch.where(after_padding_BT, sums_BD2.unsqueeze(1), past_BTD2)
-    own_BTD = k_BTD + bonus_D
-    with torch.no_grad():
-        most_BTD = torch.maximum(before_BTD, own_BTD)
-    past_weight_BTD, own_weight_BTD = (before_BTD - most_BTD).exp(), (own_BTD - most_BTD).exp()
-    numerator_BTD = past_weight_BTD * past_BTD2[..., 0] + own_weight_BTD * v_BTD
-    denominator_BTD = past_weight_BTD * past_BTD2[..., 1] + own_weight_BTD
-    return numerator_BTD / denominator_BTD, last_BD2, after_BTD[:, -1]
-
-
-def running_top(k_BTD: Tensor, log_w_BTD: Tensor, top_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
-    """p_{t-1} and p_t of p_t = max(p_{t-1} + log_w_t, k_t), from p_0 = top and in each later document from -inf.
-
-    In log2(T) steps: after each, a p knows of twice as many tokens.
-    """
-    if segments is not None:
-        log_w_BTD = log_w_BTD.masked_fill(starts_BT(segments).unsqueeze(-1), -math.inf)
-    p = torch.cat([top_BD.unsqueeze(1), k_BTD], dim=1)
-    decay = torch.cat([torch.full_like(top_BD, -math.inf).unsqueeze(1), log_w_BTD], dim=1)
-    reach = 1
-    while reach < p.shape[1]:
-        p = torch.cat([p[:, :reach], torch.maximum(p[:, reach:], p[:, :-reach] + decay[:, reach:])], dim=1)
-        decay = torch.cat([decay[:, :reach], decay[:, reach:] + decay[:, :-reach]], dim=1)
-        reach *= 2
-    before = p[:, :-1]
-    if segments is not None:
-        before = before.masked_fill(starts_BT(segments).unsqueeze(-1), -math.inf)
-    return before, p[:, 1:]
 
 
 class ChannelMixing(TokenMixer):

@@ -22,7 +22,7 @@ from rodimus_lab.nn.zoo import MODELS, Size, model_config
 from rodimus_lab.ops.backend import OPERATORS, use_backend, watch_backends
 from rodimus_lab.registry import load_plugins
 
-SEQUENCE = frozenset({"attention", "delta_rule", "diagonal_scan", "gated_linear", "selective_scan", "ssd"})
+SEQUENCE = frozenset({"attention", "delta_rule", "diagonal_scan", "gated_linear", "selective_scan", "ssd", "wkv"})
 PEERS = frozenset({"fla", "flash_attn", "flex", "mamba_ssm"})
 FIRST = "transformer++"
 CHECKED_LENGTH = 128

@@ -11,6 +11,7 @@ from rodimus_lab.ops.rodimus_step import rodimus_step
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.short_conv import short_conv
 from rodimus_lab.ops.ssd import ssd
+from rodimus_lab.ops.wkv import wkv
 
 __all__ = [
     "Segments",
@@ -28,4 +29,5 @@ __all__ = [
     "short_conv",
     "ssd",
     "use_backend",
+    "wkv",
 ]

@@ -1,0 +1,3 @@
+from rodimus_lab.ops.wkv.dispatch import wkv
+
+__all__ = ["wkv"]
