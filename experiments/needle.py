@@ -26,37 +26,25 @@ from rodimus_lab.report import Metric, PaperResults, Table, paper_vs_measured
 CONTEXT = 2048
 SMOKE_CONTEXT = 48
 STEPS, SMOKE_STEPS = 4000, 256
-PLACES = (
-    "Lisbon", "Prague", "Dublin", "Geneva", "Naples", "Vienna", "Madrid", "Boston", "Athens", "Warsaw", "Lima", "Cairo",
-    "Quebec", "Nairobi", "Seoul", "Havana", "Tallinn", "Bergen", "Porto", "Krakow", "Salta", "Perth", "Osaka", "Malta",
-)  # fmt: skip
-WORDS = 4  # of a value, at most
-QUALITIES = ("oldest", "best remembered", "only", "tallest", "first", "last", "quietest", "most expensive")
-NOUNS = (
-    "choir", "team", "library", "tower", "feast", "train", "market", "letter", "theatre", "ship", "garden", "clock",
-)  # fmt: skip
-# What is said of a place, and the question about it; each answer says it again.
-SAID = (
-    ("The {one} of {key} is the {value}.", "What is the {one} of {key}?"),
-    ("The {one} in {key} was made by the {value}.", "Who made the {one} in {key}?"),
-    ("The {one} to reach {key} belonged to the {value}.", "To whom did the {one} to reach {key} belong?"),
-    ("The {one} that {key} remembers is called {value}.", "What is the {one} that {key} remembers called?"),
-    ("The {one} near {key} is kept by {value}.", "Who keeps the {one} near {key}?"),
-    ("The {one} sold in {key} went to the {value}.", "To whom did the {one} sold in {key} go?"),
-    ("For the people of {key} the {one} is {value}.", "What is the {one} for the people of {key}?"),
-)
+WORDS = 4  # of a key or a value, at most
+# Most words of a sentence are drawn anew for each document, so that there is no sentence to learn: only that the answer
+# has the form that is asked for, and goes on as the sentence that shares its words.
+HEADS = ("The {word1} {word2}", "The {word1} {word2} {word3}", "Every {word1} {word2}", "The {word1} and the {word2}")
+PLACES = ("of {key}", "in {key}", "near the {key} {word4}", "that {key} {word4}", "for the {word4} and {key}")
+LINKS = ("is", "is the", "was", "was the", "belongs to")
 
 
 def relations() -> tuple[Relation, ...]:
-    """As NeedleBench asks: the question, the hint to think first, and the sentence to fill in. Many different ones, so
-    that it pays to copy whatever stood where the sentence breaks off."""
+    """As NeedleBench asks: the question, the hint to think first, and the sentence to fill in. Every other sentence has
+    its parts in another order than the answer."""
     made = []
-    for number, (quality, noun) in enumerate(product(QUALITIES, NOUNS)):
-        one = f"{quality} {noun}"
-        needle, question = (text.replace("{one}", one) for text in SAID[number % len(SAID)])
-        gap = needle.replace(" {value}", "________")
-        asked = guided(f"{question} Please answer in the format '{gap}'", "en")
-        made.append(Relation(needle=needle, question=QUESTION["en"] + asked + END, answer=needle))
+    for number, (head, place, link) in enumerate(product(HEADS, PLACES, LINKS)):
+        said = head[0].lower() + head[1:]
+        answer = f"{head} {place} {link} {{value}}."
+        needle = f"{place[0].upper()}{place[1:]} {said} {link} {{value}}." if number % 2 else answer
+        gap = answer.replace(" {value}", "________")
+        asked = guided(f"What {link.removesuffix(' the')} {said} {place}? Please answer in the format '{gap}'", "en")
+        made.append(Relation(needle=needle, question=QUESTION["en"] + asked + END, answer=answer))
     return tuple(made)
 
 
@@ -108,7 +96,7 @@ def needle(
             before=INTRODUCTION["en"] + DOCUMENT["en"],
             after="",
             relations=relations(),
-            keys=PLACES,
+            keys=WORDS,
             values=WORDS,
             answers_only=bool(answers_only),
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
 from itertools import product
 from typing import Annotated, Any, Literal
@@ -32,10 +32,12 @@ Positive = Annotated[int, Field(ge=1)]
 Words = Annotated[tuple[str, ...], Field(min_length=1)]
 HELD_OUT = {"valid": 8, "test": 9}  # Tenths of all needles, by a hash.
 REJECTIONS = 10_000
+WORD = re.compile(r"\{(word\d)\}")
 
 
 class Relation(Config):
-    """A sentence to hide, the question about it and the answer, with `{key}` and, but for the question, `{value}`."""
+    """A sentence to hide, the question about it and the answer, with `{key}` and, but for the question, `{value}`.
+    `{word0}` to `{word9}` are words that are drawn anew for each document."""
 
     needle: str
     question: str
@@ -52,8 +54,9 @@ class Relation(Config):
 
 
 class NeedleConfig(Config):
-    """The data of a run. A value is one word out of each tuple of `values`, joined by spaces; or from one up to so many
-    words as `values` says, of those that the tokenizer has as one token and with a capital letter.
+    """The data of a run. A key is one of `keys`, a value one word out of each tuple of `values`, joined by spaces. A
+    number in the place of either stands for from one up to so many words with a capital letter, drawn from those that
+    the tokenizer has as one token.
 
     `before` stands before the haystack and `after` between it and the question. `hold_out`: valid and test hide values,
     or of every value as many keys, that training does not. `answers_only` counts the answers' tokens in the loss, else
@@ -68,7 +71,7 @@ class NeedleConfig(Config):
     before: str
     after: str
     relations: Annotated[tuple[Relation, ...], Field(min_length=1)]
-    keys: Words
+    keys: Words | Positive
     values: Annotated[tuple[Words, ...], Field(min_length=1)] | Positive
     hold_out: Literal["value", "pair"] = "value"
     answers_only: bool = True
@@ -78,6 +81,8 @@ class NeedleConfig(Config):
     def _possible(self) -> NeedleConfig:
         if self.shortest > self.seq_len:
             raise ValueError(f"'shortest' is {self.shortest}, more than the row's {self.seq_len} tokens")
+        if self.hold_out == "pair" and isinstance(self.keys, int):
+            raise ValueError("'hold_out' is 'pair', which takes keys that are listed")
         return self
 
     @property
@@ -90,16 +95,19 @@ class NeedleConfig(Config):
         if self.hold_out == "value":
             tenth = _hash(value) % 10
         else:
+            assert not isinstance(self.keys, int)
             tenth = 9 - _shuffled(self.keys, value).index(key) // math.ceil(len(self.keys) / 10)
         return next((split for split, held in HELD_OUT.items() if held == tenth), "train")
 
 
-def _capitalised(tokenizer: Tokenizer) -> list[str]:
+def _words(tokenizer: Tokenizer, *, capitalised: bool) -> list[str]:
     """Words of one token each, in the order of their ids. Raises `UserError` where there are none."""
     texts = (tokenizer.decode([number]) for number in range(tokenizer.vocab_size))
-    words = [text[1:] for text in texts if re.fullmatch(" [A-Z][a-z]{2,}", text)]
+    pattern = " [A-Z][a-z]{2,}" if capitalised else " [a-z]{3,}"
+    words = [text[1:] for text in texts if re.fullmatch(pattern, text)]
     if not words:
-        raise UserError(f"the tokenizer {tokenizer.name!r} has no capitalised words of one token; list the values")
+        kind = "capitalised words" if capitalised else "words"
+        raise UserError(f"the tokenizer {tokenizer.name!r} has no {kind} of one token; list the keys, values and words")
     return words
 
 
@@ -120,9 +128,13 @@ class NeedleDocuments:
         self.data, self.tokenizer = data, prepared.tokenizer()
         self._haystacks = {split: prepared.shards(split) for split in ("train", *HELD_OUT)}
         self._encode = lru_cache(maxsize=1 << 18)(lambda text: tuple(self.tokenizer.encode(text)))
-        self._words = _capitalised(self.tokenizer) if isinstance(data.values, int) else []
-        sample = self._words or data.all_values
-        present = {data.split_of(key, value) for key in data.keys for value in sample}
+        drawn = isinstance(data.values, int) or isinstance(data.keys, int)
+        self._names = _words(self.tokenizer, capitalised=True) if drawn else []
+        self._asked = [sorted(set(WORD.findall("".join(relation.to_dict().values())))) for relation in data.relations]
+        self._words = _words(self.tokenizer, capitalised=False) if any(self._asked) else []
+        keys = self._names[:1] if isinstance(data.keys, int) else data.keys
+        values = self._names if isinstance(data.values, int) else data.all_values
+        present = {data.split_of(key, value) for key in keys for value in values}
         for split in ("train", *HELD_OUT):
             if split not in present:
                 raise UserError(f"no needle is left to the {split} split; give more keys or values")
@@ -135,27 +147,35 @@ class NeedleDocuments:
     @cached_property
     def longest_frame(self) -> int:
         """No document has more tokens beside its haystack."""
-        values = self.data.values
-        if isinstance(values, int):
-            value = " ".join(self._words[:1] * values)
-        else:
-            value = max(self.data.all_values, key=lambda text: len(self.tokenizer.encode(f" {text}")))
-        pairs = product(self.data.relations, self.data.keys)
-        frames = (sum(map(len, self._frame(relation, key, value))) for relation, key in pairs)
+        data = self.data
+
+        def longest(listed: Iterable[str], several: int | None) -> str:
+            if several is not None:
+                return " ".join(self._names[:1] * several)
+            return max(listed, key=lambda text: len(self.tokenizer.encode(f" {text}")))
+
+        value = longest(data.all_values, data.values if isinstance(data.values, int) else None)
+        keys = [longest((), data.keys)] if isinstance(data.keys, int) else data.keys
+        words = dict.fromkeys((f"word{digit}" for digit in range(10)), (self._words or [""])[0])
+        frames = (sum(map(len, self._frame(*pair, value, words))) for pair in product(data.relations, keys))
         return max(frames) + 2  # A word may be cut otherwise beside another one.
 
     def document(self, random: np.random.Generator, split: str, length: int) -> tuple[np.ndarray, int]:
         """Exactly `length` token ids, and where the answer begins."""
         data = self.data
-        relation = data.relations[random.integers(len(data.relations))]
+        which = random.integers(len(data.relations))
+        words = {name: self._words[random.integers(len(self._words))] for name in self._asked[which]}
         for _ in range(REJECTIONS):
-            key = data.keys[random.integers(len(data.keys))]
+            if isinstance(data.keys, int):
+                key = self._several(random, data.keys)
+            else:
+                key = data.keys[random.integers(len(data.keys))]
             value = self._value(random)
             if data.split_of(key, value) == split:
                 break
         else:
             raise UserError(f"hardly any needle is left to the {split} split; give more keys or values")
-        before, needle, question, answer = self._frame(relation, key, value)
+        before, needle, question, answer = self._frame(data.relations[which], key, value, words)
         room = length - len(before) - len(needle) - len(question) - len(answer)
         shards = self._haystacks[split]
         shard = shards[random.integers(len(shards))]
@@ -169,8 +189,12 @@ class NeedleDocuments:
 
     def _value(self, random: np.random.Generator) -> str:
         values = self.data.values
-        several = [self._words] * random.integers(1, values + 1) if isinstance(values, int) else values
-        return " ".join(words[random.integers(len(words))] for words in several)
+        if isinstance(values, int):
+            return self._several(random, values)
+        return " ".join(words[random.integers(len(words))] for words in values)
+
+    def _several(self, random: np.random.Generator, most: int) -> str:
+        return " ".join(self._names[random.integers(len(self._names))] for _ in range(random.integers(1, most + 1)))
 
     def row(self, random: np.random.Generator, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
         """inputs_T and targets_T; in training of several documents, else of one."""
@@ -195,10 +219,10 @@ class NeedleDocuments:
         length = int(math.exp(random.uniform(math.log(shortest), math.log(left + 1))))
         return left if left - length < shortest else min(max(length, shortest), left)
 
-    def _frame(self, relation: Relation, key: str, value: str) -> tuple[tuple[int, ...], ...]:
-        question = self.data.after + relation.question.format(key=key)
-        answer = relation.answer.format(key=key, value=value)
-        needle = relation.needle.format(key=key, value=value)
+    def _frame(self, relation: Relation, key: str, value: str, words: Mapping[str, str]) -> tuple[tuple[int, ...], ...]:
+        question = self.data.after + relation.question.format(key=key, **words)
+        answer = relation.answer.format(key=key, value=value, **words)
+        needle = relation.needle.format(key=key, value=value, **words)
         return (
             self._encode(self.data.before),
             self._encode(f"\n{needle}\n"),

@@ -190,5 +190,31 @@ def test_values_of_the_tokenizers_own_words(prepared) -> None:
 
 def test_a_tokenizer_without_such_words_is_named(prepared, monkeypatch) -> None:
     monkeypatch.setattr(type(prepared.tokenizer()), "decode", lambda self, ids: "low")
-    with pytest.raises(UserError, match="'pydoc-4096' has no capitalised words of one token; list the values"):
+    with pytest.raises(UserError, match="'pydoc-4096' has no capitalised words of one token; list the keys"):
         NeedleDocuments(DATA.replace(values=3), prepared)
+
+
+def test_sentences_and_keys_of_drawn_words(prepared) -> None:
+    """The same words in the sentence, the question and the answer, others in the next document."""
+    relation = Relation(
+        needle="By {key} the {word1} {word0} is {value}.", question="\nThe {word1} {word0}?", answer=" It is {value}."
+    )
+    documents = NeedleDocuments(DATA.replace(relations=(relation,), keys=2, values=1, shortest=45), prepared)
+    seen = set()
+    for number in range(20):
+        ids, at = documents.document(rng(2, number), "train", 70)
+        prompt, answer = parts(documents, ids, at)
+        words = prompt.rpartition("\nThe ")[2].removesuffix("?")
+        value = answer.removeprefix(" It is ")
+        key, _, rest = prompt.partition("\nBy ")[2].partition(" the ")
+        assert rest.startswith(f"{words} is {value}\n")
+        assert 1 <= len(key.split(" ")) <= 2
+        assert words.islower()
+        seen.add(words)
+    assert len(seen) > 10
+    assert documents.longest_frame < 45
+
+
+def test_pairs_want_keys_that_are_listed() -> None:
+    with pytest.raises(ConfigError, match="keys that are listed"):
+        DATA.replace(keys=2, hold_out="pair")

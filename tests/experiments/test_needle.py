@@ -37,7 +37,9 @@ def test_the_prompt_is_that_of_single_needle_retrieval(places) -> None:
     prepared = prepare("pydoc", "pydoc-4096", progress=False)
     data = full().data
     assert isinstance(data, NeedleConfig)
-    documents = NeedleDocuments(data.replace(corpus="pydoc", tokenizer="pydoc-4096", shortest=400), prepared)
+    as_asked = tuple(relation for relation in data.relations if relation.needle == relation.answer)
+    data = data.replace(corpus="pydoc", tokenizer="pydoc-4096", shortest=400, relations=as_asked)
+    documents = NeedleDocuments(data, prepared)
     ids, at = documents.document(rng(0, 0), "train", 700)
     prompt = documents.tokenizer.decode(ids[:at])
     answer = documents.tokenizer.decode(ids[at:])
