@@ -321,12 +321,11 @@ def _figure(
             lines.append(Line(name, run, [b.accuracy for b in best], sources, stds=stds, runs=[b.runs for b in best]))
     started = [(name, x) for name, xs in wanted for x in xs if (name, x) in partly]
     ended = tell_points(key for key in started if key not in open_yet)
-    not_drawn = tell_points(key for key in started if key in open_yet)
+    unfinished = [key for key in started if key in open_yet]
     remarks = [PRECISIONS[run.recipe["precision"]] for point in points.values() for run in point.runs][:1]
     remarks += [f"not all of {len(rates)} learning rates yet: {ended}"] if ended else []
-    remarks += [f"not drawn before all of {len(rates)} learning rates are run: {not_drawn}"] if not_drawn else []
     x, y = Axis(x_label, "log2"), Axis("Accuracy", "share")
-    return Figure(title, x, y, lines, missing, remark="; ".join(remarks), command=command)
+    return Figure(title, x, y, lines, missing, unfinished, remark="; ".join(remarks), command=command)
 
 
 def _columns(

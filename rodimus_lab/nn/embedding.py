@@ -50,7 +50,7 @@ def _gradient(dy: Tensor, ids: Tensor, size: int) -> Tensor:
     ids = ids.flatten().int()  # They are sorted, in half the time if they are half as long.
     part = size + torch.arange(ids.numel(), device=ids.device, dtype=torch.int32) % PARTS
     spread = torch.where(ids == FILLER, part, ids)
-    grad = torch.ops.aten.embedding_dense_backward(dy.flatten(0, -2), spread, size + PARTS, -1, False)
+    grad = torch.ops.aten.embedding_dense_backward(dy.reshape(-1, dy.shape[-1]), spread, size + PARTS, -1, False)
     grad[FILLER] = grad[size:].sum(0)
     return grad[:size]
 

@@ -20,6 +20,7 @@ KEPT = frozenset(
         "flex_attention",
         "rodimus_lab::gated_linear",
         "rodimus_lab::gated_norm",
+        "rodimus_lab::wkv",
     }
 )
 

@@ -31,11 +31,11 @@ class NotRun:
         say_not_run(axes, self.command, self.needs)
 
 
-def say_not_run(axes: Any, command: str, needs: str = "") -> None:
+def say_not_run(axes: Any, command: str, needs: str = "", said: str = "not run") -> None:
     """Write it into empty axes, which lose their numbers."""
     axes.set(xticks=[], yticks=[])
     axes.minorticks_off()
     place: dict[str, Any] = {"transform": axes.transAxes, "ha": "center", "va": "center"}
-    axes.text(0.5, 0.65, "not run", fontsize="xx-large", color="#666666", **place)
+    axes.text(0.5, 0.65, said, fontsize="xx-large", color="#666666", **place)
     axes.text(0.5, 0.45, command, fontsize="medium", family="monospace", **place)
     axes.text(0.5, 0.28, needs, fontsize="small", wrap=True, **place)

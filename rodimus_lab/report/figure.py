@@ -113,15 +113,17 @@ def tell_points(points: Iterable[tuple[str, float | None]], whole: Set[str] = fr
 
 @dataclass(frozen=True)
 class Figure:
-    """Lines over two axes. `missing` are points that are not there: (name, x or None where it is not known), and
-    `command` is what would run them; `remark` is what else has to be known, any corpus but `paper_corpus` a stand-in.
-    Points with a band are not joined. Where there is no line at all it says "not run"."""
+    """Lines over two axes. `missing` are points that are not there: (name, x or None where it is not known), `unfinished`
+    those of which only some runs are, `command` is what would run them; `remark` is what else has to be known, any
+    corpus but `paper_corpus` a stand-in. Points with a band are not joined. Where there is no line at all it says "not
+    run"."""
 
     title: str
     x: Axis
     y: Axis
     lines: Sequence[Line]
     missing: Sequence[tuple[str, float | None]] = ()
+    unfinished: Sequence[tuple[str, float]] = ()
     size: tuple[float, float] = (7.5, 5.0)
     bands: Sequence[Band] = ()
     remark: str = ""
@@ -139,9 +141,10 @@ class Figure:
         parts += [told] if told else []
         parts += ["shaded: one standard deviation over seeds"] if any(any(line.stds) for line in self.lines) else []
         parts += ["shaded: where the fitted law lies with 95 % confidence"] if self.bands else []
-        drawn = {line.name for line in self.lines if not line.quoted}
-        absent = tell_points(self.missing, whole={name for name, _ in self.missing} - drawn)
+        begun = {line.name for line in self.lines if not line.quoted} | {name for name, _ in self.unfinished}
+        absent = tell_points(self.missing, whole={name for name, _ in self.missing} - begun)
         parts += [f"not run: {absent}{f' ({self.command})' if self.command else ''}"] if absent else []
+        parts += [f"not drawn before all its runs are there: {tell_points(self.unfinished)}"] if self.unfinished else []
         return "; ".join([*parts, *([self.remark] if self.remark else [])])
 
     def rows(self) -> list[tuple[Any, ...]]:
@@ -154,6 +157,7 @@ class Figure:
             for x, y, told in zip(line.xs, line.ys, line.told(), strict=True)
         ]
         rows += [(name, "" if x is None else x, "", "not run", "", "", "") for name, x in self.missing]
+        rows += [(name, x, "", "some runs are missing", "", "", "") for name, x in self.unfinished]
         used = max((index for row in rows for index, value in enumerate(row) if value != ""), default=3) + 1
         header, rows = header[: max(3, used)], [row[: max(3, used)] for row in rows]
         if not self.bands:
@@ -172,7 +176,7 @@ class Figure:
             set_scale("linear" if axis.is_linear else "log")
             ticks.set_label_text(axis.label)
         if not self.lines:
-            say_not_run(axes, self.command)
+            say_not_run(axes, self.command, said="some runs are missing" if self.unfinished else "not run")
             return
         fitted = {band.name for band in self.bands}
         for line in self.lines:

@@ -187,7 +187,9 @@ def test_a_panel_of_figure_6_shows_runs_of_one_budget_and_precision():
     assert list(make([*tf32, *full[:3]], PAPER).lines[0].ys) == [0.8]
     panel = make(full[:2], PAPER)
     assert panel.lines == []
-    assert panel.note.endswith("; not drawn before all of 4 learning rates are run: rodimus at 64")
+    assert "not run: rodimus at 128, 256, 512, rodimus+, mamba" in panel.note
+    assert "; not drawn before all its runs are there: rodimus at 64; " in panel.note
+    assert "rodimus,64,,some runs are missing" in figure_csv(panel)
     panel = make(runs([0.1, 0.995, 0.2, 0.2], model="rodimus", length=128, width=64)[:2], PAPER)
     assert list(panel.lines[0].ys) == [0.995]
     assert panel.note.endswith("; not all of 4 learning rates yet: rodimus at 64")

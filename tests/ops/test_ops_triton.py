@@ -127,6 +127,21 @@ def test_parts_of_wider_tensors_without_states(length: int) -> None:
 
 
 @runs_kernels
+def test_strides_of_one_token_and_of_a_state() -> None:
+    """torch calls a tensor of one token contiguous whatever its stride there; padded keys keep a state's order."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(3, 2, 1, 24, device=DEVICE).transpose(1, 2) for _ in range(2))
+    v, gate = torch.randn(3, 1, 2, 16, device=DEVICE), -torch.rand(3, 1, 2, 24, device=DEVICE)
+    state = torch.randn(3, 24, 16, 2, device=DEVICE).permute(0, 3, 1, 2)
+    for length in (1, 5):
+        inputs = [x.expand(-1, length, -1, -1) for x in (q, k, v, gate)]
+        got = gated_linear(*inputs, state_BHKV=state, backend="triton")
+        want = gated_linear(*(x.double() for x in inputs), state_BHKV=state.double(), backend="naive")
+        for a, b in zip(got, want, strict=True):
+            assert (a.double() - b).norm() <= 1e-4 * b.norm()
+
+
+@runs_kernels
 @pytest.mark.parametrize("documents", ["", "packed"])
 def test_time_is_split_where_little_else_is(documents: str) -> None:
     from rodimus_lab.ops.gated_linear.triton import _plan_of

@@ -44,8 +44,8 @@ def by_hand(k: Tensor, v: Tensor, log_w: Tensor, bonus: Tensor) -> Tensor:
     return torch.stack(outputs, dim=1)
 
 
-def inputs(batch: int, length: int, channels: int, size: float = 1.0) -> list[Tensor]:
-    k, v = size * torch.randn(batch, length, channels).double(), torch.randn(batch, length, channels).double()
+def inputs(batch: int, length: int, channels: int, size: float = 1.0, mean: float = 0.0) -> list[Tensor]:
+    k, v = size * torch.randn(batch, length, channels).double(), mean + torch.randn(batch, length, channels).double()
     return [k, v, -torch.logspace(-6, 6, channels).double(), torch.randn(channels).double()]
 
 
@@ -73,6 +73,12 @@ def check(leaves: list[Tensor], backend: str, dtype: torch.dtype, tolerance: flo
 @pytest.mark.parametrize("length", [1, 8, 37])
 def test_float32(length: int, backend: str) -> None:
     check(inputs(3, length, 6), backend, torch.float32, 1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_far_from_0_in_16_bits(backend: str) -> None:
+    """The gradients are of differences from the mean."""
+    check(inputs(2, 200, 6, mean=5.0), backend, torch.float16, 4e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -143,7 +149,7 @@ def test_triton_kernels_compile_for_hopper_without_one(name: str) -> None:
 
     kernel = getattr(importlib.import_module("rodimus_lab.ops.wkv.triton"), name)
     constants = {"BD": 64, "U": 8}
-    float32 = {"log_w_ptr", "bonus_ptr", "log_ptr", "log_out", "sums_out"}
+    float32 = {"log_w_ptr", "bonus_ptr", "log_ptr", "log_out", "sums_out", "o_ptr", "o_out", "do_ptr"}
     signature = {}
     for argument in kernel.arg_names:
         if argument in constants:

@@ -74,9 +74,11 @@ def gated_linear(
     chosen = choose("gated_linear", backend, facts).run
     state_BHKV = None if state_BHKV is None else state_BHKV.to(wide)
     arguments = (q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK, log_beta_BTHV, scale, state_BHKV, segments)
-    if shard is not None:
-        return across_ranks(lambda: chosen(*arguments, True), shard, q_BTHK, log_alpha_BTHK, log_beta_BTHV, scale)
-    o_BTHV, state_BHKV = chosen(*arguments, last_state)
+    if shard is None:
+        o_BTHV, state_BHKV = chosen(*arguments, last_state)
+    else:
+        parts = across_ranks(lambda: chosen(*arguments, True), shard, q_BTHK, log_alpha_BTHK, log_beta_BTHV, scale)
+        o_BTHV, state_BHKV = parts
     if padding_BT11 is not None:
         o_BTHV = o_BTHV.masked_fill(padding_BT11, 0.0)
     return o_BTHV, state_BHKV if last_state else o_BTHV.new_empty(0, dtype=wide)

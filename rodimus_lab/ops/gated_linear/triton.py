@@ -316,7 +316,7 @@ def _narrow_backward_kernel(
     rise, pair = _within(a, sum_ptr + chunk * C * BK, row, col, bits, BK)
     if PACKED:
         pair = pair & (document[:, None] == document[None, :])
-    # For the gate the products are taken with q and k as they were rounded for them: what q_t dq_t and k_s dk_s owe to
+    # For the gate the products are taken with q and k as they were rounded to DOT: what q_t dq_t and k_s dk_s owe to
     # one pair is then the same, and cancels wherever it has to.
     rise, fall, dscore = tl.exp(rise), tl.exp(-rise), tl.load(dscore_at, mask=pair, other=0.0).to(DOT)
     queries, keys = (q * rise).to(DOT), (k * fall).to(DOT)
@@ -442,7 +442,8 @@ def _prepare(plan: _Plan, q: Tensor, k: Tensor, gate: Tensor, scale: float) -> _
 
 def _strides(x_BTHK: Tensor) -> tuple[int, int]:
     """From token to token, over the border of two sequences as well, and from head to head."""
-    return x_BTHK.stride(1), x_BTHK.stride(2)
+    B, T = x_BTHK.shape[:2]
+    return x_BTHK.stride(0) // T if B > 1 else x_BTHK.stride(1), x_BTHK.stride(2)  # torch's stride of one token is any.
 
 
 def _even(x_BTHK: Tensor) -> Tensor:
@@ -499,7 +500,7 @@ def _padded(plan: _Plan, state: Tensor | None) -> Tensor | None:
     """A state whose keys are padded."""
     if state is None or plan.BK == plan.K:
         return None if state is None else state.contiguous()
-    return F.pad(state, (0, 0, 0, plan.BK - plan.K))
+    return F.pad(state, (0, 0, 0, plan.BK - plan.K)).contiguous()
 
 
 def _plan_of(q: Tensor, v: Tensor, documents: Tensor | None) -> _Plan:

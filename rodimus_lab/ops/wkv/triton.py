@@ -58,7 +58,7 @@ def _forward_kernel(
             past, own = tl.exp(top - most), tl.exp(k + bonus - most)
             total = past * b + own
             at, inside = (token + start + u) * D + channel, in_d & (start + u < T)
-            tl.store(o_out + at, ((past * a + own * v) / total).to(o_out.dtype.element_ty), mask=inside)
+            tl.store(o_out + at, (past * a + own * v) / total, mask=inside)
             tl.store(log_out + at, most + tl.log(total), mask=inside)
             new_top = tl.maximum(top + log_w, k)
             kept, new = tl.exp(top + log_w - new_top), tl.exp(k - new_top)
@@ -81,13 +81,14 @@ def _backward_kernel(
     for start in range(0, T, U):
         ks = _ahead(k_ptr, start, D, T, token, channel, in_d, U, 0.0)
         vs = _ahead(v_ptr, start, D, T, token, channel, in_d, U, 0.0)
-        os = _ahead(o_ptr, start, D, T, token, channel, in_d, U, 0.0)
         dos = _ahead(do_ptr, start, D, T, token, channel, in_d, U, 0.0)
         logs = _ahead(log_ptr, start, D, T, token, channel, in_d, U, 1e30)
         for u in tl.static_range(U):
-            k, v, o, do = ks[u], vs[u], os[u], dos[u]
-            dlog_w += do * (a_by_w - o * b_by_w) * tl.exp(top - logs[u])
-            dbonus += do * (v - o) * tl.exp(k + bonus - logs[u])
+            k, v, do = ks[u], vs[u], dos[u]
+            past, own = tl.exp(top - logs[u]), tl.exp(k + bonus - logs[u])
+            o = past * a + own * v
+            dlog_w += do * (a_by_w - o * b_by_w) * past
+            dbonus += do * (v - o) * own
             new_top = tl.maximum(top + log_w, k)
             kept, new = tl.exp(top + log_w - new_top), tl.exp(k - new_top)
             a_by_w, b_by_w = kept * (a_by_w + a), kept * (b_by_w + b)
@@ -127,9 +128,9 @@ def _launch(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
 
 @opaque_operator("wkv")
 def _forward(k: Tensor, v: Tensor, log_w: Tensor, bonus: Tensor) -> tuple[Tensor, Tensor]:
-    """wkv, and log D_t."""
+    """wkv, which the backward pass takes differences from, and log D_t, both in float32."""
     k, v = k.contiguous(), v.contiguous()
-    o, log_total = torch.empty_like(v), torch.empty_like(v, dtype=torch.float32)
+    o, log_total = (torch.empty_like(v, dtype=torch.float32) for _ in range(2))
     grid, sizes = _launch(v)
     _forward_kernel[grid](k, v, log_w.contiguous(), bonus.contiguous(), o, log_total, **sizes)
     return o, log_total
@@ -137,7 +138,7 @@ def _forward(k: Tensor, v: Tensor, log_w: Tensor, bonus: Tensor) -> tuple[Tensor
 
 @_forward.register_fake
 def _(k: Tensor, v: Tensor, log_w: Tensor, bonus: Tensor) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), v.new_empty(v.shape, dtype=torch.float32)
+    return v.new_empty(v.shape, dtype=torch.float32), v.new_empty(v.shape, dtype=torch.float32)
 
 
 @opaque_operator("wkv_backward")
@@ -177,4 +178,4 @@ _forward.register_autograd(_backward_of, setup_context=_setup_context)
 
 def fused(k_BTD: Tensor, v_BTD: Tensor, log_w_D: Tensor, bonus_D: Tensor) -> Tensor:
     """See `wkv`. Exponents and sums in float32."""
-    return _forward(k_BTD, v_BTD, log_w_D, bonus_D)[0]
+    return _forward(k_BTD, v_BTD, log_w_D.float(), bonus_D.float())[0]
