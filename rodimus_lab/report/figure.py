@@ -113,10 +113,10 @@ def tell_points(points: Iterable[tuple[str, float | None]], whole: Set[str] = fr
 
 @dataclass(frozen=True)
 class Figure:
-    """Lines over two axes. `missing` are points that are not there: (name, x or None where it is not known), `unfinished`
-    those of which only some runs are, `command` is what would run them; `remark` is what else has to be known, any
-    corpus but `paper_corpus` a stand-in. Points with a band are not joined. Where there is no line at all it says "not
-    run"."""
+    """Lines over two axes. `missing` are points that are not there: (name, x or None where it is not known),
+    `unfinished` those of which only some runs are, `command` is what would run them; `remark` is what else has to be
+    known, any corpus but `paper_corpus` a stand-in. Points with a band are not joined. Where there is no line at all it
+    says "not run"."""
 
     title: str
     x: Axis
