@@ -83,6 +83,8 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
+        if self.max_seconds is not None and not self.max_seconds >= 0:
+            raise UserError(f"max_seconds is {self.max_seconds:g}; it must not be negative")
 
 
 @dataclass
