@@ -8,6 +8,7 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -46,6 +47,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 CLICK_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 INTERRUPTED = 130
+LATER_SECONDS = 2.0
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -62,14 +64,14 @@ def main() -> None:
         if code == INTERRUPTED:  # Some versions of typer raise Abort instead.
             raise KeyboardInterrupt
     except UserError as error:
-        print(f"error: {error}" if error.exit_code == 2 else error, file=sys.stderr)
+        _complain(f"error: {error}" if error.exit_code == 2 else str(error))
         code = error.exit_code
     except OSError as error:
-        print(f"error: {_os_sentence(error)}", file=sys.stderr)
+        _complain(f"error: {_os_sentence(error)}")
         code = 2
     except CLICK_ERROR as error:
         if type(error).__name__ != "NoArgsIsHelpError":
-            print(f"error: {_usage_sentence(error)}", file=sys.stderr)
+            _complain(f"error: {_usage_sentence(error)}")
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command goes on with what was finished", file=sys.stderr)
@@ -80,6 +82,13 @@ def main() -> None:
 
         end_process(code)
     sys.exit(code)
+
+
+def _complain(sentence: str) -> None:
+    """On standard error; later on ranks but 0: mostly all fail alike, and torchrun ends the others once one has."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(LATER_SECONDS)
+    print(sentence, file=sys.stderr)
 
 
 def _os_sentence(error: OSError) -> str:

@@ -52,6 +52,8 @@ def refused(result, *names):
         ([*SMOKE, "--corpus", "pydocs"], ["no corpus named 'pydocs'", "did you mean 'pydoc'?", "wikitext-103"]),
         ([*SMOKE, "--corpus", "no/such/folder"], ["no corpus at 'no/such/folder'", "give a file, a folder or one of"]),
         (["data", "prepare", "pydocs"], ["no corpus named 'pydocs'"]),
+        (["data", "prepare", "pydoc:5g"], ["no corpus named 'pydoc:5g'", "CORPUS:COUNT[@SEED], such as pile:7b@1"]),
+        (["data", "prepare", ""], ["the corpus has no name", "pydoc"]),
         (["data", "prepare", "pydoc", "--tokenizer", "gpt9"], ["no tokenizer named 'gpt9'", "pydoc-4096"]),
         (["data", "prepare", "pydoc", "--workers", "0"], ["--workers", "1"]),
         (["report", "table0"], ["no report named 'table0'", "table1"]),
@@ -71,6 +73,7 @@ def refused(result, *names):
         ([*SMOKE, "--micro-batch-size", "0"], ["micro_batch_size", "at least 1"]),
         ([*SMOKE, "--checkpoint-every", "0"], ["checkpoint_every", "at least 1"]),
         ([*SMOKE, "--stop-at-step", "-1"], ["stop_at_step", "at least 1"]),
+        ([*SMOKE, "--max-seconds", "-1"], ["max_seconds is -1", "not be negative"]),
         ([*SMOKE, "--max-seconds", "soon"], ["--max-seconds", "number"]),
         (["bench", "ops", "--only", "scan"], ["no operator benchmark named 'scan'", "gated_linear", "mixers"]),
         (["needlebench", "rodimus-00000000"], ["'rodimus-00000000'", "train the run first"]),
@@ -186,7 +189,7 @@ def flip(path, offset=-100):
 def test_a_corrupt_shard(cli, places):
     shard = places / "cache" / "pydoc--pydoc-4096" / "valid-00000.bin"
     flip(shard)
-    refused(cli(*SMOKE), f"the shard {shard} is corrupt", "delete it and run rodimus-lab data prepare pydoc again")
+    refused(cli(*SMOKE), f"the shard {shard} is corrupt", "delete it, and preparing or training makes it again")
     assert not (places / "runs").exists()
     shard.write_bytes(shard.read_bytes()[:-7])
     refused(cli(*SMOKE), f"the shard {shard} is corrupt", "bytes for")

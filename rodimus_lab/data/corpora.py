@@ -21,9 +21,15 @@ def open_corpus(name: str) -> Corpus:
         if (asked := parse(name)) is not None and not Path(name).expanduser().exists():
             whole = open_corpus(asked[0])
             return Subset(whole, asked[1], asked[2], whole.name + asked[3])
+        if not name:
+            raise UserError(f"the corpus has no name; give a file, a folder or one of: {', '.join(CORPORA)}")
         path = Path(name).expanduser()
         if path.exists():
             return FileCorpus.at(path)
+        if ":" in name and "/" not in name:
+            raise UserError(
+                f"there is no corpus named {name!r}; a part of one is CORPUS:COUNT[@SEED], such as pile:7b@1"
+            )
         if re.search(r"[/\\.~]", name):
             raise UserError(f"there is no corpus at {name!r}; give a file, a folder or one of: {', '.join(CORPORA)}")
         raise UserError(f"there is no corpus named {name!r}, nor a file or folder{did_you_mean(name, CORPORA)}")

@@ -11,6 +11,7 @@ import os
 import signal
 import struct
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -224,8 +225,17 @@ def _start_worker(name: str, tokenizer_json: str) -> None:
     global _worker
     # An interrupt is the parent's to handle; it shuts the pool down.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = Encoder(Tokenizer.from_json(name, tokenizer_json))
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells its workers nothing, and they would wait for chunks for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(chunk: Chunk) -> EncodedChunk:

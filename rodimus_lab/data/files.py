@@ -38,6 +38,8 @@ LONGEST_LINE = 1 << 28
 SAMPLED_BYTES = 1 << 16
 # Packed bytes at a time: even text that packs a thousandfold unpacks in pieces of a few megabytes.
 READ_BYTES = 1 << 13
+# As JSON escapes it; two that make a pair are one character once they are read.
+SURROGATE, SURROGATE_LEFT = re.compile(rb"\\u[dD][89a-fA-F]"), re.compile("[\ud800-\udfff]")
 # Files packed with `zstd --long=27` and up need a decoder that allows such windows.
 ZSTD_WINDOW = 1 << 31
 
@@ -274,6 +276,8 @@ def _parse_lines(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
             text = None
         if not isinstance(text, str):
             raise UserError(f"line {number} of {path} is no JSON object with a string 'text'; correct or remove it")
+        if SURROGATE.search(line) and SURROGATE_LEFT.search(text):
+            raise UserError(f"line {number} of {path} holds a lone surrogate, which is not valid text; correct it")
         yield text
 
 
@@ -293,5 +297,8 @@ def _read_parquet(path: Path) -> Iterator[str]:
                     if not isinstance(text, str):
                         raise UserError(f"{path} has an entry in 'text' that is no string; correct or remove it")
                     yield text
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a whole parquet file ({str(error).splitlines()[0]}); fetch it again") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is not a whole parquet file ({reason}); fetch it again") from None

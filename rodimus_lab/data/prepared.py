@@ -143,7 +143,7 @@ class PreparedData:
         for split in self.splits:
             for shard in self.split(split).shards:
                 if sha256_of(self.folder / shard.file) != shard.sha256:
-                    raise self.corrupt(shard, "its SHA-256 is not the manifest's")
+                    raise corrupt_shard(self.folder / shard.file, "its SHA-256 is not the manifest's")
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the shards. Raises `UserError` where it is not the manifest's."""
@@ -159,15 +159,10 @@ class PreparedData:
     def _check_size(self, shard: Shard) -> None:
         path = self.folder / shard.file
         if not path.is_file():
-            raise self.corrupt(shard, "it is missing")
+            raise corrupt_shard(path, "it is missing")
         if path.stat().st_size != shard.tokens * self.manifest.token_type.itemsize:
-            raise self.corrupt(shard, f"it holds {path.stat().st_size} bytes for {shard.tokens} tokens")
-
-    def corrupt(self, shard: Shard, reason: str) -> UserError:
-        return corrupt_shard(self.folder / shard.file, reason, self.manifest.corpus)
+            raise corrupt_shard(path, f"it holds {path.stat().st_size} bytes for {shard.tokens} tokens")
 
 
-def corrupt_shard(path: Path, reason: str, corpus: str) -> UserError:
-    return UserError(
-        f"the shard {path} is corrupt ({reason}); delete it and run rodimus-lab data prepare {corpus} again"
-    )
+def corrupt_shard(path: Path, reason: str) -> UserError:
+    return UserError(f"the shard {path} is corrupt ({reason}); delete it, and preparing or training makes it again")

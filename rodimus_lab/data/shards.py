@@ -228,7 +228,7 @@ def _intact(folder: Path, manifest: Manifest, split: str, wanted: Split) -> dict
         if not path.exists():
             continue
         if sha256_of(path) != shard.sha256:
-            raise corrupt_shard(path, "its SHA-256 is not the manifest's", manifest.corpus)
+            raise corrupt_shard(path, "its SHA-256 is not the manifest's")
         kept[int(path.stem.rpartition("-")[2])] = shard
     return kept
 

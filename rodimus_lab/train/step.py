@@ -13,6 +13,7 @@ from torch import Tensor
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import IGNORE, LanguageModel
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.sequence import sharded_sequence
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.scoring import autocast
 from rodimus_lab.train.capture import CapturedMicroBatch, CapturedStep
@@ -22,8 +23,8 @@ from rodimus_lab.train.schedule import learning_rate
 from rodimus_lab.train.sentinel import Sentinel
 
 MICRO_BATCH_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 14}
-
-
+# Share of a GPU's memory for what the ranks gather of one another's shards.
+SPARE = 0.05
 # Steps before a capture: kernels are compiled and libraries set up by then.
 EAGER_STEPS = 2
 
@@ -170,3 +171,37 @@ def fit_rows(stepper: Stepper, batch: tuple[Tensor, ...] | None = None) -> None:
             torch.cuda.empty_cache()
     stepper.optimizer.zero_grad(set_to_none=True)
     torch.cuda.reset_peak_memory_stats(device)
+
+
+def fit_rows_alone(
+    model: LanguageModel,
+    recipe: Recipe,
+    world: World,
+    rows: int,
+    *,
+    end_token: int | None = None,
+    batch: tuple[Tensor, ...] | None = None,
+) -> int:
+    """`fit_rows` for a rank of several, before the model is sharded: each tries by itself, for one that ran out of
+    memory inside a collective would leave the others waiting. One row is the least; it may fit once all is sharded.
+
+    What this rank's shards will take beyond the whole weights and gradients of the trial is held meanwhile.
+    """
+    device, shards = world.device, world.size // world.replicas
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters())  # Without moments, as it makes no step.
+    alone = recipe.replace(data=recipe.data.replace(seq_len=recipe.data.seq_len // world.parts))
+    stepper = Stepper(model, optimizer, alone, World(0, 1, device), rows, end_token=end_token)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    beyond = max(0, 4 * size // shards - 2 * size) + SPARE * torch.cuda.get_device_properties(device).total_memory
+    try:
+        held = torch.empty(int(beyond), dtype=torch.uint8, device=device)
+        with sharded_sequence(None):
+            fit_rows(stepper, batch)
+        del held
+    except (UserError, torch.OutOfMemoryError):
+        stepper.rows = 1
+    optimizer.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return stepper.rows

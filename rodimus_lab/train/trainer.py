@@ -32,7 +32,7 @@ from rodimus_lab.train.optimizer import build_optimizer, decay_groups, moments, 
 from rodimus_lab.train.progress import Progress
 from rodimus_lab.train.sentinel import NonFiniteError, find_non_finite
 from rodimus_lab.train.signals import Interrupted, StopSignal
-from rodimus_lab.train.step import Stepper, default_rows, fit_rows
+from rodimus_lab.train.step import Stepper, default_rows, fit_rows, fit_rows_alone
 from rodimus_lab.train.throughput import Stopwatch, median, peak_flops, utilization
 from rodimus_lab.weights import FINAL, checkpoints_root, save_model
 
@@ -83,6 +83,8 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
+        if self.max_seconds is not None and not self.max_seconds >= 0:
+            raise UserError(f"max_seconds is {self.max_seconds:g}; it must not be negative")
 
 
 @dataclass
@@ -149,6 +151,13 @@ class Trainer:
         self.compiled = on_cuda and world.parts == 1 if options.compile is None else options.compile
         if self.compiled:
             compile_blocks(self.model)
+        share = batch // world.data_size
+        rows = min(options.micro_batch_size or default_rows(share, seq_len // world.parts, device), share)
+        fitting = on_cuda and options.micro_batch_size is None
+        if fitting and world.size > 1:
+            tried = self._first_batch() if feed.questions else None
+            alone = fit_rows_alone(self.model, recipe, world, rows, end_token=feed.end_token, batch=tried)
+            rows = min(world.gather(alone))
         world.place(self.model)
         torch.manual_seed(recipe.seed + world.rank)  # Dropout differs from rank to rank.
         self.model.train()
@@ -156,18 +165,17 @@ class Trainer:
         self.moments = moments(self.model, self.optimizer)
         self.state = TrainState()
         self.window = torch.zeros(2, dtype=torch.float64, device=device)
-        rows = options.micro_batch_size or default_rows(batch // world.data_size, seq_len // world.parts, device)
         capture = on_cuda and world.size == 1 and options.capture is not False
         self.stepper = Stepper(
             self.model,
             self.optimizer,
             recipe,
             world,
-            min(rows, batch // world.data_size),
+            rows,
             capture=capture,
             end_token=feed.end_token,
         )
-        if on_cuda and options.micro_batch_size is None and world.size == 1:
+        if fitting and world.size == 1:
             fit_rows(self.stepper, self._first_batch() if feed.questions else None)
         self.store = CheckpointStore(folder, world, keep_last=options.keep_last)
         self.timing = Timing(folder)

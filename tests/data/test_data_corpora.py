@@ -117,6 +117,11 @@ def test_the_fingerprint_follows_the_content(tmp_path):
     [
         ("train.jsonl", b'{"text": "good"}\n{"body": "bad"}\n', "line 2 of .*train.jsonl"),
         ("train.jsonl", b"not json\n", "line 1 of .*train.jsonl"),
+        (
+            "train.jsonl",
+            b'{"text": "\\ud83d\\ude00"}\n{"text": "\\ud83d"}\n',
+            "line 2 of .*jsonl holds a lone",
+        ),
         ("train.txt", b"\xff\xfe\x00", "train.txt is not UTF-8"),
         ("train.jsonl.zst", b"not zstd at all", "train.jsonl.zst is not a whole zstd file"),
         ("train.parquet", b"not parquet", "train.parquet is not a whole parquet file"),
@@ -125,6 +130,16 @@ def test_the_fingerprint_follows_the_content(tmp_path):
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, told):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=told):
+        list(open_corpus(str(tmp_path)).documents("train"))
+
+
+def test_a_parquet_file_that_is_damaged_within_is_named(tmp_path):
+    text = [f"document {os.urandom(20).hex()}" for _ in range(5000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "train.parquet")
+    content = bytearray((tmp_path / "train.parquet").read_bytes())
+    content[200 : len(content) // 2 : 7] = bytes(len(range(200, len(content) // 2, 7)))
+    (tmp_path / "train.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=r"train\.parquet is not a whole parquet file \(.+\); fetch it again"):
         list(open_corpus(str(tmp_path)).documents("train"))
 
 

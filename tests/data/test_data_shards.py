@@ -1,8 +1,12 @@
 import errno
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -146,7 +150,9 @@ def test_a_missing_shard_alone_is_made_again(tokenizer, tmp_path, whole):
     folder = tmp_path / "whole"
     (folder / "train-00002.bin").unlink()
     times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
-    with pytest.raises(UserError, match=r"train-00002\.bin.*missing.*rodimus-lab data prepare invented"):
+    with pytest.raises(
+        UserError, match=r"train-00002\.bin.*missing.*delete it, and preparing or training makes it again"
+    ):
         PreparedData(folder)
     make(Invented(), tokenizer, folder)
     assert contents(folder) == whole
@@ -157,7 +163,7 @@ def test_a_truncated_shard_is_named_with_the_mend(tokenizer, tmp_path, whole):
     path = tmp_path / "whole" / "train-00001.bin"
     path.write_bytes(path.read_bytes()[:-2])
     for opening in (PreparedData, lambda folder: make(Invented(), tokenizer, folder)):
-        with pytest.raises(UserError, match=r"train-00001\.bin is corrupt.*delete it and run rodimus-lab data prepare"):
+        with pytest.raises(UserError, match=r"train-00001\.bin is corrupt.*delete it, and preparing"):
             opening(tmp_path / "whole")
     path.unlink()
     make(Invented(), tokenizer, tmp_path / "whole")
@@ -304,6 +310,31 @@ def test_an_unknown_split_is_an_error(tokenizer, tmp_path):
 def test_a_lone_surrogate_is_named_by_its_document():
     with pytest.raises(UserError, match="document 2 holds a lone surrogate"):
         list(cut(["fine", "\ud800"], 100))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_end_with_a_killed_parent(tokenizer):
+    reading, writing = os.pipe()
+    parent = os.fork()
+    if not parent:
+        stream = encode_chunks(tokenizer, cut(["text"] * 10, 1), workers=2)
+        next(stream)
+        os.write(writing, json.dumps([child.pid for child in multiprocessing.active_children()]).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(parent, 0)
+    workers = json.loads(os.read(reading, 1000))
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(map(runs, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def runs(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_dead_worker_is_an_error(tokenizer, monkeypatch):

@@ -9,7 +9,7 @@ from rodimus_lab.train import Interrupted, train
 from rodimus_lab.train.distributed import World
 from rodimus_lab.train.optimizer import build_optimizer, decay_groups
 from rodimus_lab.train.sentinel import NonFiniteError
-from rodimus_lab.train.step import Stepper, fit_rows
+from rodimus_lab.train.step import Stepper, fit_rows, fit_rows_alone
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -77,6 +77,27 @@ def test_micro_batches_shrink_until_they_fit():
         assert 1 <= stepper.rows < 512
         assert 512 % stepper.rows == 0
         assert torch.equal(torch.cuda.get_rng_state(), state)
+        assert all(p.grad is None for p in model.parameters())
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize(("replicas", "parts"), [(1, 1), (1, 2), (2, 1)])
+def test_a_rank_of_several_finds_by_itself_what_fits(replicas, parts):
+    recipe = tiny_recipe()
+    recipe = recipe.replace(model=recipe.model.replace(d_model=1024, repeats=8), data=recipe.data.replace(seq_len=2048))
+    model = recipe.model.build()
+    world = World(1, 2, torch.device("cuda", 0), replicas, parts)
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction(2 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("rodimus_lab.train.step.SPARE", 0.0)
+            rows = fit_rows_alone(model, recipe, world, 512)
+            patch.setattr("rodimus_lab.train.step.SPARE", 1.0)
+            assert fit_rows_alone(model, recipe, world, 512) == 1
+        assert 1 <= rows < 512
+        assert 512 % rows == 0
         assert all(p.grad is None for p in model.parameters())
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
