@@ -187,21 +187,22 @@ def fit_rows_alone(
 
     What this rank's shards will take beyond the whole weights and gradients of the trial is held meanwhile.
     """
-    device, shards = world.device, world.size // world.replicas
-    model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters())  # Without moments, as it makes no step.
+    device, shards, fitting = world.device, world.size // world.replicas, 1
     alone = recipe.replace(data=recipe.data.replace(seq_len=recipe.data.seq_len // world.parts))
-    stepper = Stepper(model, optimizer, alone, World(0, 1, device), rows, end_token=end_token)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     beyond = max(0, 4 * size // shards - 2 * size) + SPARE * torch.cuda.get_device_properties(device).total_memory
     try:
+        model.to(device)
+        optimizer = torch.optim.AdamW(model.parameters())  # Without moments, as it makes no step.
+        stepper = Stepper(model, optimizer, alone, World(0, 1, device), rows, end_token=end_token)
         held = torch.empty(int(beyond), dtype=torch.uint8, device=device)
         with sharded_sequence(None):
             fit_rows(stepper, batch)
+        fitting = stepper.rows
         del held
     except (UserError, torch.OutOfMemoryError):
-        stepper.rows = 1
-    optimizer.zero_grad(set_to_none=True)
+        model.to("cpu")  # Sharding takes it from there, piece by piece.
+    model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    return stepper.rows
+    return fitting
