@@ -99,7 +99,7 @@ def scaling_laws(
     model: str | None = None,
     size: str | None = None,
     table: Literal["8", "9"] = "8",
-    ratio: Annotated[float | None, Field(gt=0)] = None,
+    ratio: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None,
     budget: BudgetName | None = None,
     corpus: str | None = None,
     packed: bool = False,

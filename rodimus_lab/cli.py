@@ -185,6 +185,8 @@ def _command_of(experiment: Experiment) -> Callable[..., None]:
 
     def command(**values: Any) -> None:
         dry_run, as_json = values.pop("dry_run"), values.pop("as_json")
+        if as_json and not dry_run:
+            raise UserError("--json lists the runs that would be trained; add --dry-run, or leave it out")
         chosen = {name: _listed(values.pop(name), own[name]) for name in own}
         if "budget" in chosen:
             budget, why = choose_budget(chosen["budget"][0])

@@ -73,6 +73,8 @@ def refused(result, *names):
         ([*SMOKE, "--micro-batch-size", "0"], ["micro_batch_size", "at least 1"]),
         ([*SMOKE, "--checkpoint-every", "0"], ["checkpoint_every", "at least 1"]),
         ([*SMOKE, "--stop-at-step", "-1"], ["stop_at_step", "at least 1"]),
+        (["scaling-laws", "--ratio", "inf"], ["--ratio", "finite"]),
+        (["scaling-laws", "--json"], ["--json lists the runs", "add --dry-run"]),
         ([*SMOKE, "--max-seconds", "-1"], ["max_seconds is -1", "not be negative"]),
         ([*SMOKE, "--max-seconds", "soon"], ["--max-seconds", "number"]),
         (["bench", "ops", "--only", "scan"], ["no operator benchmark named 'scan'", "gated_linear", "mixers"]),
