@@ -91,8 +91,7 @@ def recall(model: LanguageModel, batches: Iterable[tuple[Tensor, ...]], device: 
     with scoring(model):
         for batch in batches:
             inputs_BT, answers_BP, positions_BP = (tensor.to(device, non_blocking=True) for tensor in batch)
-            x_BPD, _ = model.hidden(inputs_BT, positions_BP=positions_BP)
-            logits_BPV = model.logits(x_BPD)
+            logits_BPV = model.logits_at(inputs_BT, positions_BP)
             counted_BP, right_BP = answers_BP != IGNORE, logits_BPV.argmax(-1) == answers_BP
             asked_B = counted_BP.any(1)
             total[0] += cross_entropy(

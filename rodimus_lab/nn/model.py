@@ -193,6 +193,11 @@ class LanguageModel(nn.Module):
         x_BTD, state = self.hidden(ids_BT, state, segments)
         return self.logits(x_BTD), state
 
+    def logits_at(self, ids_BT: Tensor, positions_BP: Tensor) -> Tensor:
+        """logits_BPV (float32) at these places (int64) only."""
+        x_BPD, _ = self.hidden(ids_BT, positions_BP=positions_BP)
+        return self.logits(x_BPD)
+
     @torch.no_grad()
     def step(self, ids_B: Tensor, state: ModelState) -> Tensor:
         """`forward` of one token a row, without dropout and without gradients: logits_BV in float32.

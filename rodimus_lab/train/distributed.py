@@ -106,7 +106,8 @@ class World:
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        register_fsdp_forward_method(model, "loss")
+        for method in ("loss", "logits_at"):
+            register_fsdp_forward_method(model, method)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from ranks import start_ranks
 from train_fakes import options, run_folder
 
 from rodimus_lab.data.mqar import IGNORE, MqarConfig, MqarSegment, draw, generate, single
@@ -174,6 +175,16 @@ def test_a_broken_run_ends_as_a_whole_one(tmp_path):
         assert record["corpus"] == "mqar-16x2+32x8"
     env = json.loads((run_folder(tmp_path / "whole", recipe) / "env.json").read_bytes())
     assert env["data"]["fingerprints"] == question_sets(MIXTURE, CPU).fingerprints
+
+
+def test_two_ranks_read_accuracies_as_one(tmp_path):
+    recipe = recipe_of(MIXTURE.replace(test=MIXTURE.train[0]))
+    train(recipe, options(tmp_path / "one"))
+    ranks = start_ranks(2, lambda rank: int(train(recipe, options(tmp_path / "two")) is None), tmp_path)
+    assert [rank.code for rank in ranks] == [0, 0], ranks
+    one, two = (RunDir(tmp_path / name / "runs", "testing", recipe.id).read_metrics() for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
 def test_a_run_ends_when_it_is_good_enough(tmp_path):
