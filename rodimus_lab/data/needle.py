@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
 from itertools import product
 from typing import Annotated, Any, Literal
@@ -147,15 +147,12 @@ class NeedleDocuments:
     @cached_property
     def longest_frame(self) -> int:
         """No document has more tokens beside its haystack."""
-        data = self.data
-
-        def longest(listed: Iterable[str], several: int | None) -> str:
-            if several is not None:
-                return " ".join(self._names[:1] * several)
-            return max(listed, key=lambda text: len(self.tokenizer.encode(f" {text}")))
-
-        value = longest(data.all_values, data.values if isinstance(data.values, int) else None)
-        keys = [longest((), data.keys)] if isinstance(data.keys, int) else data.keys
+        data, name = self.data, self._names[:1]
+        keys = [" ".join(name * data.keys)] if isinstance(data.keys, int) else data.keys
+        if isinstance(data.values, int):
+            value = " ".join(name * data.values)
+        else:
+            value = max(data.all_values, key=lambda text: len(self.tokenizer.encode(f" {text}")))
         words = dict.fromkeys((f"word{digit}" for digit in range(10)), (self._words or [""])[0])
         frames = (sum(map(len, self._frame(*pair, value, words))) for pair in product(data.relations, keys))
         return max(frames) + 2  # A word may be cut otherwise beside another one.
@@ -166,11 +163,7 @@ class NeedleDocuments:
         which = random.integers(len(data.relations))
         words = {name: self._words[random.integers(len(self._words))] for name in self._asked[which]}
         for _ in range(REJECTIONS):
-            if isinstance(data.keys, int):
-                key = self._several(random, data.keys)
-            else:
-                key = data.keys[random.integers(len(data.keys))]
-            value = self._value(random)
+            key, value = self._key(random), self._value(random)
             if data.split_of(key, value) == split:
                 break
         else:
@@ -186,6 +179,10 @@ class NeedleDocuments:
         point = random.integers(room + 1)
         ids = np.concatenate([before, haystack[:point], needle, haystack[point:], question, answer]).astype(np.int64)
         return ids, length - len(answer)
+
+    def _key(self, random: np.random.Generator) -> str:
+        keys = self.data.keys
+        return self._several(random, keys) if isinstance(keys, int) else keys[random.integers(len(keys))]
 
     def _value(self, random: np.random.Generator) -> str:
         values = self.data.values

@@ -21,7 +21,7 @@ ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
 KERNELS = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="in the interpreter, by the first test here")
-BACKENDS = ("scan", pytest.param("triton", marks=KERNELS))
+BACKENDS = ("naive", "scan", pytest.param("triton", marks=KERNELS))
 
 
 @pytest.mark.slow
@@ -57,7 +57,7 @@ def check(leaves: list[Tensor], backend: str, dtype: torch.dtype, tolerance: flo
     def with_gradients(run, leaves: list[Tensor]) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in leaves]
         o = run(*leaves)
-        gradients = torch.autograd.grad((o * weight.to(o)).sum(), leaves)
+        gradients = torch.autograd.grad((o * weight.to(o)).sum(), leaves, materialize_grads=True)
         return [x.detach().cpu().double() for x in (o, *gradients)]
 
     want = with_gradients(by_hand, leaves)
@@ -85,7 +85,7 @@ def test_values_far_from_0_in_16_bits(backend: str) -> None:
 @pytest.mark.parametrize("size", [300.0, 1e5])
 def test_any_key_is_held(size: float, backend: str) -> None:
     check(inputs(2, 37, 6, size), backend, torch.float32, math.inf)
-    if backend == "scan":
+    if backend != "triton":
         check(inputs(2, 37, 6, size), backend, torch.float64, 1e-10)
 
 
@@ -111,19 +111,31 @@ def test_triton_gives_the_same_bits_every_time() -> None:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
-def test_a_new_document_forgets_larger_keys_than_its_own() -> None:
+@pytest.mark.parametrize("backend", ["naive", "scan"])
+def test_a_new_document_forgets_larger_keys_than_its_own(backend: str) -> None:
     k = torch.cat([torch.full((1, 5, 2), 500.0), torch.randn(1, 6, 2) - 500], dim=1)
     v, log_w, bonus = torch.randn(1, 11, 2), torch.full((2,), -1e-3), torch.zeros(2)
-    got, sums, _ = wkv(k, v, log_w, bonus, segments=Segments.from_lengths([5, 6]))
-    want, want_sums, _ = wkv(k[:, 5:], v[:, 5:], log_w, bonus)
+    got, sums, _ = wkv(k, v, log_w, bonus, segments=Segments.from_lengths([5, 6]), backend=backend)
+    want, want_sums, _ = wkv(k[:, 5:], v[:, 5:], log_w, bonus, backend=backend)
     torch.testing.assert_close((got[:, 5:], sums), (want, want_sums))
 
 
-def test_the_state_goes_on() -> None:
+def test_padding_leaves_the_state_alone() -> None:
+    k, v, log_w, bonus = inputs(2, 9, 5)
+    padded = Segments.from_mask((torch.arange(9) >= torch.tensor([[0], [4]])).long())
+    (o, sums, top), (want, want_sums, want_top) = (
+        wkv(k, v, log_w, bonus, segments=padded, backend=backend) for backend in ("scan", "naive")
+    )
+    torch.testing.assert_close(o[padded.valid_BT], want[padded.valid_BT])
+    torch.testing.assert_close(sums[..., 1].log() + top, want_sums[..., 1].log() + want_top)
+
+
+@pytest.mark.parametrize("backend", ["naive", "scan"])
+def test_the_state_goes_on(backend: str) -> None:
     k, v, log_w, bonus = inputs(2, 20, 5)
-    want, want_sums, want_top = wkv(k, v, log_w, bonus)
-    first, sums, top = wkv(k[:, :13], v[:, :13], log_w, bonus)
-    second, sums, top = wkv(k[:, 13:], v[:, 13:], log_w, bonus, sums, top)
+    want, want_sums, want_top = wkv(k, v, log_w, bonus, backend="scan")
+    first, sums, top = wkv(k[:, :13], v[:, :13], log_w, bonus, backend=backend)
+    second, sums, top = wkv(k[:, 13:], v[:, 13:], log_w, bonus, sums, top, backend=backend)
     torch.testing.assert_close(torch.cat([first, second], dim=1), want)
     torch.testing.assert_close(
         (sums.log() + top.unsqueeze(-1))[..., 1], (want_sums.log() + want_top.unsqueeze(-1))[..., 1]

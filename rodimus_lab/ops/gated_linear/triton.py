@@ -619,7 +619,7 @@ def fused(
     scale: float,
     state_BHKV: Tensor | None,
     segments: Segments | None,
-    last_state: bool = True,
+    last_state: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `gated_linear` for the arguments; the last state is empty where it is not asked for. Matrix products in v's
     dtype, gates and sums in float32."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from rodimus_lab.ops.backend import Backend, choose, declare
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.triton_facts import why_no_triton
+from rodimus_lab.ops.wkv.naive import naive
 from rodimus_lab.ops.wkv.scan import scan
 
 
@@ -71,5 +72,6 @@ declare(
     "wkv",
     Backend("triton", _triton, _triton_why_not),
     Backend("scan", scan),
+    Backend("naive", naive),
     example={"dtype": torch.bfloat16, "state": False, "packed": False},
 )
