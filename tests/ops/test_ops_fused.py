@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from hopper import compile_for_hopper
 from torch import Tensor
 
 from rodimus_lab.errors import UserError
@@ -255,19 +256,11 @@ def test_the_kernels_compile_for_hopper_without_one(
     operator: str, name: str, warps: int, constants: dict[str, int | str]
 ) -> None:
     """To machine code; the interpreter takes programs that the compiler refuses."""
-    from triton import compile as compile_kernel
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     kernel = getattr(importlib.import_module(f"rodimus_lab.ops.{operator}.triton"), name)
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument.endswith(("_ptr", "_out")):
-            signature[argument] = "*fp32" if argument in FP32 else "*i32" if argument == "id_ptr" else "*bf16"
-        else:
-            signature[argument] = "fp32" if argument == "eps" else "i32"
-    fixed = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
-    source = ASTSource(kernel, signature, fixed)
-    assert compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["cubin"]
+
+    def type_of(argument: str) -> str:
+        if not argument.endswith(("_ptr", "_out")):
+            return "fp32" if argument == "eps" else "i32"
+        return "*fp32" if argument in FP32 else "*i32" if argument == "id_ptr" else "*bf16"
+
+    compile_for_hopper(kernel, constants, type_of, num_warps=warps)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from hopper import compile_for_hopper
 from torch import Tensor
 
 from rodimus_lab.errors import UserError
@@ -367,29 +368,16 @@ HOPPER = [
 @pytest.mark.parametrize(("module", "name", "constants"), HOPPER)
 def test_the_kernels_compile_for_hopper_without_one(module: str, name: str, constants: dict[str, Any]) -> None:
     """To machine code, in which a kernel's weights are loaded before it waits for the one before it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     kernel = getattr(importlib.import_module(f"rodimus_lab.ops.{module}"), name)
     constants = constants | {"PDL": True}
     num_warps = constants.pop("num_warps", 4)
-    signature, divisible = {}, {}
-    for index, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument.endswith(("_ptr", "_out")):
-            signature[argument] = "*" + POINTERS.get(argument, "bf16")
-            divisible[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[argument] = "fp32" if argument in ("scale", "eps") else "i32"
-    fixed = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, fixed, divisible),
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": num_warps, "launch_pdl": True},
-    )
-    assert compiled.asm["cubin"]
+
+    def type_of(argument: str) -> str:
+        if argument.endswith(("_ptr", "_out")):
+            return "*" + POINTERS.get(argument, "bf16")
+        return "fp32" if argument in ("scale", "eps") else "i32"
+
+    compiled = compile_for_hopper(kernel, constants, type_of, aligned=True, num_warps=num_warps, launch_pdl=True)
     before, after = compiled.asm["ptx"].split("griddepcontrol.wait", 1)
     assert ("griddepcontrol.launch_dependents" in before) == (name not in ("_narrow_kernel", "_skinny_kernel"))
     assert ("ld.global" in before) == (

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from hopper import compile_for_hopper
 from torch import Tensor
 
 from rodimus_lab.errors import UserError
@@ -155,23 +156,13 @@ def test_what_triton_cannot_do_is_said() -> None:
 @pytest.mark.parametrize("name", ["_forward_kernel", "_backward_kernel"])
 def test_triton_kernels_compile_for_hopper_without_one(name: str) -> None:
     """To machine code; the interpreter takes programs that the compiler refuses."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    pytest.importorskip("triton")
+    float32 = {"log_w_ptr", "bonus_ptr", "log_ptr", "log_out", "sums_out", "o_ptr", "o_out", "do_ptr"}
+
+    def type_of(argument: str) -> str:
+        if not argument.endswith(("_ptr", "_out")):
+            return "i32"
+        return "*fp32" if argument in float32 else "*bf16"
 
     kernel = getattr(importlib.import_module("rodimus_lab.ops.wkv.triton"), name)
-    constants = {"BD": 64, "U": 8}
-    float32 = {"log_w_ptr", "bonus_ptr", "log_ptr", "log_out", "sums_out", "o_ptr", "o_out", "do_ptr"}
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument.endswith(("_ptr", "_out")):
-            signature[argument] = "*fp32" if argument in float32 else "*bf16"
-        else:
-            signature[argument] = "i32"
-    fixed = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}
-    )
-    assert compiled.asm["cubin"]
+    compile_for_hopper(kernel, {"BD": 64, "U": 8}, type_of, num_warps=1)
