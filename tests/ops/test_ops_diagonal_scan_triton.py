@@ -173,7 +173,7 @@ def test_what_it_cannot_do_is_said() -> None:
         selective_scan(**{name: x.to(DEVICE) for name, x in selective(1, 2, 3, 65).items()}, backend="triton")
 
 
-BLOCKS = {"BM": 32, "BN": 16, "CHUNK": 16, "VARIES_B": True, "VARIES_C": True, "PACKED": True, "KEEP": True}
+BLOCKS = {"BM": 32, "BN": 16, "CHUNK": 8, "VARIES_B": True, "VARIES_C": True, "PACKED": True, "KEEP": True}
 NARROW = {"x_ptr", "h_ptr", "h_out", "dh_ptr", "dx_out", "u_ptr", "y_out", "dy_ptr", "du_out", "B_ptr", "C_ptr"}
 
 

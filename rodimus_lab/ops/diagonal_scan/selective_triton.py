@@ -1,16 +1,18 @@
-"""The selective scan in Triton: a program walks a block of channels through time with their N states in registers.
+"""The selective scan in Triton: a warp walks a block of channels through time with their N states in registers.
 
 Nothing of the size of all states is written. The forward pass keeps the states that enter every `CHUNK` tokens; the
-backward pass goes through the chunks from the last, works a chunk's states out again into a scratch of its own, which
-is small enough to stay in the cache, and walks back over them. Its equations are in `selective_chunked`.
+backward pass goes through the chunks from the last, works a chunk's states out again, which stay in registers as well,
+and walks back over them. Its equations are in `selective_chunked`. What a chunk reads is asked for before it is worked
+on, so that the waits overlap. Behind the end of the sequence u, dt and dy are 0, which changes nothing.
 
 Sums are taken in a fixed order: the same inputs give the same bits.
 
-Shapes: B batch, T time, M channels, N state expansion, S stretches, K chunks, P blocks of channels; C chunk length.
+Shapes: B batch, T time, M channels, N state expansion, S stretches, K chunks, P blocks of channels.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -21,26 +23,50 @@ from torch import Tensor
 from rodimus_lab.ops.diagonal_scan.stretches import chain, split
 from rodimus_lab.ops.tracing import opaque_operator
 
-CHUNK = 16
-STATES = 512  # of a program
+CHUNK = 8
+STATES = 256  # of a program, which is one warp: no sum over channels or states then waits for another one.
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _per_state(z_ptr, b, t, T, N, channel, state, inside, VARIES: tl.constexpr):
-    """B or C at a token as a block of states: one row for all channels where it varies in time, else (M, N)."""
+def _push(window, newest):
+    return (newest,) + window[:-1]  # noqa: RUF005 (Triton has no unpacking)
+
+
+@triton.jit
+def _tokens(z_ptr, first, end, token, M, channel, in_M, CHUNK: tl.constexpr):
+    """Rows of (T, M) for the tokens of a chunk, in float32."""
+    rows = (0.0,) * CHUNK
+    for back in tl.static_range(CHUNK):
+        t = first + CHUNK - 1 - back
+        row = tl.load(z_ptr + (token + t) * M + channel, mask=in_M & (t < end), other=0.0)
+        rows = _push(rows, row.to(tl.float32))
+    return rows
+
+
+@triton.jit
+def _per_state(
+    z_ptr, first, end, token, N, channel, state, inside, CHUNK: tl.constexpr, VARIES: tl.constexpr
+):  # fmt: skip
+    """B or C for the tokens of a chunk: a row for all channels where it varies in time, else (M, N)."""
+    rows = (0.0,) * CHUNK
     if VARIES:
-        row = tl.load(z_ptr + (b * T + t) * N + state, mask=state < N, other=0.0).to(tl.float32)
-        return tl.where(inside, row[None, :], 0.0)
+        for back in tl.static_range(CHUNK):
+            t = first + CHUNK - 1 - back
+            row = tl.load(z_ptr + (token + t) * N + state, mask=(state < N) & (t < end), other=0.0)
+            rows = _push(rows, row.to(tl.float32)[None, :])
     else:
         at = channel[:, None] * N + state[None, :]
-        return tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        rows = (tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32),) * CHUNK
+    return rows
 
 
 @triton.jit
-def _decay(dt, A, starts_ptr, b, t, T, PACKED: tl.constexpr):
-    a = tl.exp(dt[:, None] * A)
+def _decay(dt, A, starts_ptr, token, t, end, PACKED: tl.constexpr):
+    """exp(dt A), and 0 where a document starts; A comes times log2(e)."""
+    a = tl.exp2(dt[:, None] * A)
     if PACKED:
-        a = tl.where(tl.load(starts_ptr + b * T + t) != 0, 0.0, a)
+        a = tl.where(tl.load(starts_ptr + token + t, mask=t < end, other=0) != 0, 0.0, a)
     return a
 
 
@@ -54,29 +80,33 @@ def _forward_kernel(
     the whole decay."""
     stretch, stretches = tl.program_id(2), tl.num_programs(2)
     b = tl.program_id(1).to(tl.int64)
+    token = b * T
     channel, state = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BN)
     in_M, inside = channel < M, (channel < M)[:, None] & (state < N)[None, :]
     of_state = channel[:, None] * N + state[None, :]
     edge = (b * stretches + stretch) * M * N + of_state
-    A = tl.load(A_ptr + of_state, mask=inside, other=0.0)
+    A = tl.load(A_ptr + of_state, mask=inside, other=0.0) * LOG2_E
     h = tl.zeros([BM, BN], tl.float32)
     whole = tl.full([BM, BN], 1.0, tl.float32)
     if KEEP:
         h = tl.load(start_ptr + edge, mask=inside, other=0.0)
     end = tl.minimum(stretch * LENGTH + LENGTH, T)
     for first in range(stretch * LENGTH, end, CHUNK):
+        us = _tokens(u_ptr, first, end, token, M, channel, in_M, CHUNK)
+        dts = _tokens(dt_ptr, first, end, token, M, channel, in_M, CHUNK)
+        Bs = _per_state(B_ptr, first, end, token, N, channel, state, inside, CHUNK, VARIES_B)
+        Cs = Bs
         if KEEP:
+            Cs = _per_state(C_ptr, first, end, token, N, channel, state, inside, CHUNK, VARIES_C)
             kept = (b * tl.cdiv(T, CHUNK) + first // CHUNK) * M * N
             tl.store(kept_out + kept + of_state, h, mask=inside)
-        for t in range(first, tl.minimum(first + CHUNK, end)):
-            at = (b * T + t) * M + channel
-            u = tl.load(u_ptr + at, mask=in_M, other=0.0).to(tl.float32)
-            dt = tl.load(dt_ptr + at, mask=in_M, other=0.0)
-            a = _decay(dt, A, starts_ptr, b, t, T, PACKED)
-            h = a * h + (dt * u)[:, None] * _per_state(B_ptr, b, t, T, N, channel, state, inside, VARIES_B)
+        for i in tl.static_range(CHUNK):
+            a = _decay(dts[i], A, starts_ptr, token, first + i, end, PACKED)
+            h = a * h + (dts[i] * us[i])[:, None] * Bs[i]
             if KEEP:
-                y = tl.sum(h * _per_state(C_ptr, b, t, T, N, channel, state, inside, VARIES_C), 1)
-                tl.store(y_out + at, y.to(y_out.dtype.element_ty), mask=in_M)
+                y = tl.sum(h * Cs[i], 1)
+                at = (token + first + i) * M + channel
+                tl.store(y_out + at, y.to(y_out.dtype.element_ty), mask=in_M & (first + i < end))
             else:
                 whole *= a
     tl.store(end_out + edge, h, mask=inside)
@@ -87,27 +117,29 @@ def _forward_kernel(
 @triton.jit
 def _reverse_kernel(
     dt_ptr, A_ptr, C_ptr, starts_ptr, dy_ptr, end_out, decay_out, T, M, N, LENGTH,
-    BM: tl.constexpr, BN: tl.constexpr, VARIES_C: tl.constexpr, PACKED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, VARIES_C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One stretch from its end to its start, from zero: the gradient of the state before it, and the whole decay."""
     stretch, stretches = tl.program_id(2), tl.num_programs(2)
     b = tl.program_id(1).to(tl.int64)
+    token = b * T
     channel, state = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BN)
     in_M, inside = channel < M, (channel < M)[:, None] & (state < N)[None, :]
     of_state = channel[:, None] * N + state[None, :]
-    A = tl.load(A_ptr + of_state, mask=inside, other=0.0)
+    A = tl.load(A_ptr + of_state, mask=inside, other=0.0) * LOG2_E
     dstate = tl.zeros([BM, BN], tl.float32)
     whole = tl.full([BM, BN], 1.0, tl.float32)
     begin, end = stretch * LENGTH, tl.minimum(stretch * LENGTH + LENGTH, T)
-    for step in range(end - begin):
-        t = end - 1 - step
-        at = (b * T + t) * M + channel
-        dt = tl.load(dt_ptr + at, mask=in_M, other=0.0)
-        dy = tl.load(dy_ptr + at, mask=in_M, other=0.0).to(tl.float32)
-        a = _decay(dt, A, starts_ptr, b, t, T, PACKED)
-        C = _per_state(C_ptr, b, t, T, N, channel, state, inside, VARIES_C)
-        dstate = a * (dy[:, None] * C + dstate)
-        whole *= a
+    chunks = tl.cdiv(end - begin, CHUNK)
+    for back in range(chunks):
+        first = begin + (chunks - 1 - back) * CHUNK
+        dts = _tokens(dt_ptr, first, end, token, M, channel, in_M, CHUNK)
+        dys = _tokens(dy_ptr, first, end, token, M, channel, in_M, CHUNK)
+        Cs = _per_state(C_ptr, first, end, token, N, channel, state, inside, CHUNK, VARIES_C)
+        for i in tl.static_range(CHUNK - 1, -1, -1):
+            a = _decay(dts[i], A, starts_ptr, token, first + i, end, PACKED)
+            dstate = a * (dys[i][:, None] * Cs[i] + dstate)
+            whole *= a
     edge = (b * stretches + stretch) * M * N + of_state
     tl.store(end_out + edge, dstate, mask=inside)
     tl.store(decay_out + edge, whole, mask=inside)
@@ -115,7 +147,7 @@ def _reverse_kernel(
 
 @triton.jit
 def _backward_kernel(
-    u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, starts_ptr, kept_ptr, dy_ptr, dstart_ptr, scratch_ptr,
+    u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, starts_ptr, kept_ptr, dy_ptr, dstart_ptr,
     du_out, ddt_out, dA_out, dB_out, dC_out, dend_out, T, M, N, LENGTH,
     BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, VARIES_B: tl.constexpr, VARIES_C: tl.constexpr,
     PACKED: tl.constexpr,
@@ -124,61 +156,50 @@ def _backward_kernel(
     block, blocks = tl.program_id(0), tl.num_programs(0)
     stretch, stretches = tl.program_id(2), tl.num_programs(2)
     b = tl.program_id(1).to(tl.int64)
-    row, state = tl.arange(0, BM), tl.arange(0, BN)
-    channel = block * BM + row
+    token = b * T
+    channel, state = block * BM + tl.arange(0, BM), tl.arange(0, BN)
     in_M, inside = channel < M, (channel < M)[:, None] & (state < N)[None, :]
     of_state = channel[:, None] * N + state[None, :]
     edge = (b * stretches + stretch) * M * N + of_state
-    program = (b * stretches + stretch) * blocks + block
-    scratch = scratch_ptr + program * (CHUNK + 1) * BM * BN + row[:, None] * BN + state[None, :]
-    A = tl.load(A_ptr + of_state, mask=inside, other=0.0)
+    A = tl.load(A_ptr + of_state, mask=inside, other=0.0) * LOG2_E
     dstate = tl.load(dstart_ptr + edge, mask=inside, other=0.0)
     dA, dB, dC = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
     begin, end = stretch * LENGTH, tl.minimum(stretch * LENGTH + LENGTH, T)
     chunks = tl.cdiv(end - begin, CHUNK)
     for back in range(chunks):
         first = begin + (chunks - 1 - back) * CHUNK
-        last = tl.minimum(first + CHUNK, end)
+        us = _tokens(u_ptr, first, end, token, M, channel, in_M, CHUNK)
+        dts = _tokens(dt_ptr, first, end, token, M, channel, in_M, CHUNK)
+        dys = _tokens(dy_ptr, first, end, token, M, channel, in_M, CHUNK)
+        Bs = _per_state(B_ptr, first, end, token, N, channel, state, inside, CHUNK, VARIES_B)
+        Cs = _per_state(C_ptr, first, end, token, N, channel, state, inside, CHUNK, VARIES_C)
         h = tl.load(kept_ptr + (b * tl.cdiv(T, CHUNK) + first // CHUNK) * M * N + of_state, mask=inside, other=0.0)
-        tl.store(scratch, h)
-        for t in range(first, last):
-            at = (b * T + t) * M + channel
-            u = tl.load(u_ptr + at, mask=in_M, other=0.0).to(tl.float32)
-            dt = tl.load(dt_ptr + at, mask=in_M, other=0.0)
-            a = _decay(dt, A, starts_ptr, b, t, T, PACKED)
-            h = a * h + (dt * u)[:, None] * _per_state(B_ptr, b, t, T, N, channel, state, inside, VARIES_B)
-            tl.store(scratch + (t - first + 1) * BM * BN, h)
-        tl.debug_barrier()  # What follows may read what other threads have written.
-        for step in range(last - first):
-            t = last - 1 - step
-            at = (b * T + t) * M + channel
-            u = tl.load(u_ptr + at, mask=in_M, other=0.0).to(tl.float32)
-            dt = tl.load(dt_ptr + at, mask=in_M, other=0.0)
-            dy = tl.load(dy_ptr + at, mask=in_M, other=0.0).to(tl.float32)
-            B = _per_state(B_ptr, b, t, T, N, channel, state, inside, VARIES_B)
-            C = _per_state(C_ptr, b, t, T, N, channel, state, inside, VARIES_C)
-            before = tl.load(scratch + (t - first) * BM * BN)
-            a = _decay(dt, A, starts_ptr, b, t, T, PACKED)
-            dh = dy[:, None] * C + dstate
-            dstate = a * dh
-            e = dstate * before
+        hs = (h,) * (CHUNK + 1)  # In the end the latest first: token i finds hs[CHUNK - i] and leaves the one before.
+        for i in tl.static_range(CHUNK):
+            a = _decay(dts[i], A, starts_ptr, token, first + i, end, PACKED)
+            h = a * h + (dts[i] * us[i])[:, None] * Bs[i]
+            hs = _push(hs, h)
+        for i in tl.static_range(CHUNK - 1, -1, -1):
+            u, dt, dy = us[i], dts[i], dys[i]
+            dh = dy[:, None] * Cs[i] + dstate
+            dstate = _decay(dt, A, starts_ptr, token, first + i, end, PACKED) * dh
+            e = dstate * hs[CHUNK - i]
             dA += dt[:, None] * e
-            w = tl.sum(dh * B, 1)
-            tl.store(du_out + at, (w * dt).to(du_out.dtype.element_ty), mask=in_M)
-            tl.store(ddt_out + at, tl.sum(e * A, 1) + w * u, mask=in_M)
+            w = tl.sum(dh * Bs[i], 1)
+            at, in_tile = (token + first + i) * M + channel, in_M & (first + i < end)
+            tl.store(du_out + at, (w * dt).to(du_out.dtype.element_ty), mask=in_tile)
+            tl.store(ddt_out + at, tl.sum(e * A, 1) / LOG2_E + w * u, mask=in_tile)
             dB_t = (dt * u)[:, None] * dh
-            dC_t = dy[:, None] * h
-            part = ((b * T + t) * blocks + block) * N + state
+            dC_t = dy[:, None] * hs[CHUNK - 1 - i]
+            part, in_part = ((token + first + i) * blocks + block) * N + state, (state < N) & (first + i < end)
             if VARIES_B:
-                tl.store(dB_out + part, tl.sum(dB_t, 0), mask=state < N)
+                tl.store(dB_out + part, tl.sum(dB_t, 0), mask=in_part)
             else:
                 dB += dB_t
             if VARIES_C:
-                tl.store(dC_out + part, tl.sum(dC_t, 0), mask=state < N)
+                tl.store(dC_out + part, tl.sum(dC_t, 0), mask=in_part)
             else:
                 dC += dC_t
-            h = before
-        tl.debug_barrier()  # The next chunk writes over the scratch.
     tl.store(dA_out + edge, dA, mask=inside)
     tl.store(dend_out + edge, dstate, mask=inside)
     if not VARIES_B:
@@ -197,7 +218,7 @@ class _Plan(NamedTuple):
 
     @property
     def blocks(self) -> dict[str, int]:
-        return self.numbers | {"BM": self.BM, "BN": self.BN, "num_warps": 4}
+        return self.numbers | {"BM": self.BM, "BN": self.BN, "CHUNK": CHUNK, "num_warps": 1}
 
 
 def _plan(u: Tensor, A: Tensor) -> _Plan:
@@ -223,7 +244,7 @@ def _forward(
     end = state.new_empty(u.shape[0], plan.grid[2], *A.shape)
     start, decay = state.unsqueeze(1), torch.empty_like(end)
     inputs = (u, dt, A, B, C, dt if starts is None else starts)
-    flags = {"CHUNK": CHUNK, "VARIES_B": B.ndim == 3, "VARIES_C": C.ndim == 3, "PACKED": starts is not None}
+    flags = {"VARIES_B": B.ndim == 3, "VARIES_C": C.ndim == 3, "PACKED": starts is not None}
     if plan.grid[2] > 1:
         _forward_kernel[plan.grid](*inputs, start, y, kept, end, decay, KEEP=False, **flags, **plan.blocks)
         start = chain(state, end, decay)
@@ -251,7 +272,6 @@ def _backward(
     dB, dC = (
         kept.new_empty(batch, length, blocks, A.shape[1]) if z.ndim == 3 else torch.empty_like(end) for z in (B, C)
     )
-    scratch = kept.new_empty(blocks * batch * stretches, CHUNK + 1, plan.BM, plan.BN)
     dlast = torch.zeros_like(kept[:, 0]) if dlast is None else dlast
     start = dlast.unsqueeze(1).contiguous()
     given = dt if starts is None else starts
@@ -260,8 +280,8 @@ def _backward(
         _reverse_kernel[plan.grid](dt, A, C, given, dy, end, decay, **flags, **plan.blocks)
         start = chain(dlast, end, decay, reverse=True)
     _backward_kernel[plan.grid](
-        u, dt, A, B, C, given, kept, dy, start, scratch, du, ddt, dA, dB, dC, end,
-        CHUNK=CHUNK, VARIES_B=B.ndim == 3, **flags, **plan.blocks,
+        u, dt, A, B, C, given, kept, dy, start, du, ddt, dA, dB, dC, end,
+        VARIES_B=B.ndim == 3, **flags, **plan.blocks,
     )  # fmt: skip
     dB, dC = ((d.sum(2) if z.ndim == 3 else d.sum((0, 1))).to(z.dtype) for d, z in ((dB, B), (dC, C)))
     return du, ddt, dA.sum((0, 1)), dB, dC, end[:, 0].clone()
