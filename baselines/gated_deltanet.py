@@ -139,12 +139,11 @@ class DeltaMixer(TokenMixer):
         conv_BTM, conv_state = short_conv(
             self.qkv_proj(x_BTD),
             self.conv_weight,
+            silu=True,
             state_BWD=None if state is None else state.conv_BWM,
             segments=segments,
         )
-        q_BTHK, k_BTHK, v_BTHV = (
-            x.unflatten(-1, (self.shape.heads, -1)) for x in F.silu(conv_BTM).split(self.widths, dim=-1)
-        )
+        q_BTHK, k_BTHK, v_BTHV = (x.unflatten(-1, (self.shape.heads, -1)) for x in conv_BTM.split(self.widths, dim=-1))
         log_alpha_BTHK, beta_BTH = self.gates(x_BTD)
         o_BTHV, memory_BHKV = delta_rule(
             unit_length(q_BTHK),

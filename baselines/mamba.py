@@ -135,10 +135,10 @@ class Mamba(TokenMixer):
             x_BTM,
             self.conv_weight,
             self.conv_bias,
+            silu=True,
             state_BWD=None if state is None else state.conv_BWM,
             segments=segments,
         )
-        conv_BTM = F.silu(conv_BTM)
         dt_BTR, B_BTN, C_BTN = self.x_proj(conv_BTM).split(self.splits, dim=-1)
         # Delta's bias is added in float32: it makes steps as small as 0.001.
         dt_BTM = (

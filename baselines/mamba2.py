@@ -151,10 +151,11 @@ class Mamba2(TokenMixer):
             conv_BTX,
             self.conv_weight,
             self.conv_bias,
+            silu=True,
             state_BWD=None if state is None else state.conv_BWX,
             segments=segments,
         )
-        x_BTM, B_BTN, C_BTN = F.silu(conv_BTX).split([self.splits[0], n, n], dim=-1)
+        x_BTM, B_BTN, C_BTN = conv_BTX.split([self.splits[0], n, n], dim=-1)
         # Delta's bias is added in float32: it makes steps as small as 0.001.
         o_BTHP, memory_BHNP = ssd(
             x_BTM.unflatten(-1, (heads, -1)),

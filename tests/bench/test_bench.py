@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -100,8 +100,15 @@ def test_ops_takes_the_operators_asked_for() -> None:
 
 
 def wrong_backends() -> dict[str, Any]:
-    """Backends of short_conv(history, weight, bias, documents), each off in its own way."""
-    (right,) = (backend.run for backend in OPERATORS["short_conv"] if backend.name == "taps")
+    """Backends of `short_conv`, each off in its own way."""
+    (taps,) = (backend.run for backend in OPERATORS["short_conv"] if backend.name == "taps")
+
+    def off(wrong: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        def run(*x: Any) -> tuple[Tensor, Tensor]:
+            y, state = taps(*x)
+            return wrong(y), state
+
+        return run
 
     class WrongGradient(torch.autograd.Function):
         @staticmethod
@@ -116,10 +123,10 @@ def wrong_backends() -> dict[str, Any]:
         raise RuntimeError("the kernel does not compile\nfor this device")
 
     return {
-        "output": lambda *x: right(*x) * 1.001,
-        "gradient": lambda *x: WrongGradient.apply(right(*x)),
-        "nan": lambda *x: right(*x) * float("nan"),
-        "shape": lambda *x: right(*x)[..., :1],
+        "output": off(lambda y: y * 1.001),
+        "gradient": off(WrongGradient.apply),
+        "nan": off(lambda y: y * float("nan")),
+        "shape": off(lambda y: y[..., :1]),
         "broken": broken,
     }
 

@@ -1,5 +1,5 @@
-"""The fused operators around the recurrence, conv_gate and gated_norm, against their definitions in float64: in
-Triton's interpreter on a CPU, for real on a GPU.
+"""The fused operators around the recurrence, short_conv, conv_gate and gated_norm, against their definitions in
+float64: in Triton's interpreter on a CPU, for real on a GPU.
 
 Shapes: B batch, T time, M width, W convolution width, R rank.
 """
@@ -24,7 +24,7 @@ from rodimus_lab.errors import UserError
 from rodimus_lab.nn.mixer import Initializer
 from rodimus_lab.nn.recompute import recomputed
 from rodimus_lab.nn.rodimus import RodimusConfig
-from rodimus_lab.ops import Segments, conv_gate, gated_norm, use_backend
+from rodimus_lab.ops import Segments, conv_gate, gated_norm, short_conv, use_backend
 from rodimus_lab.ops.conv_gate import LowRankGate
 
 ON_GPU = torch.cuda.is_available()
@@ -105,6 +105,26 @@ def conv_gate_errors(
     return errors(run, inputs, dtype)
 
 
+def short_conv_errors(
+    shape: tuple[int, int, int], dtype: torch.dtype, *, W: int = 4, bias: bool = True, silu: bool = True,
+    state: bool = False, ids: Any = None,
+) -> dict[str, float]:  # fmt: skip
+    B, T, M = shape
+    inputs = {"xz": torch.randn(B, T, 2 * M), "weight": torch.randn(M, W)}  # x is the right half of a wider tensor.
+    inputs |= {"bias": torch.randn(M)} if bias else {}
+    inputs |= {"state": torch.randn(B, W - 1, M)} if state else {}
+    segments = None if ids is None else Segments(torch.as_tensor(ids, device=DEVICE))
+
+    def run(backend: str, xz: Tensor, weight: Tensor, **more: Any) -> Any:
+        y, last = short_conv(
+            xz[..., M:], weight, more.get("bias"), silu=silu, state_BWD=more.get("state"), segments=segments,
+            backend=backend.replace("naive", "taps"),
+        )  # fmt: skip
+        return (y if segments is None else y * segments.valid_BT.unsqueeze(-1)), last
+
+    return errors(run, inputs, dtype)
+
+
 def gated_norm_errors(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, float]:
     B, T, M = shape
     inputs = {"o": torch.randn(B, T, M), "x": torch.randn(B, T, M), "xz": torch.randn(B, T, 2 * M)}
@@ -118,10 +138,45 @@ def gated_norm_errors(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[s
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32])
-@pytest.mark.parametrize("found", [conv_gate_errors, gated_norm_errors])
+@pytest.mark.parametrize("found", [short_conv_errors, conv_gate_errors, gated_norm_errors])
 def test_autocast_around_both_passes_changes_nothing(found: Callable[..., Any], dtype: torch.dtype) -> None:
     with torch.autocast(DEVICE, torch.bfloat16):
         check(found((2, 61, 24), dtype), dtype)
+
+
+@runs_kernels
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 61])
+def test_short_conv_at_odd_lengths(length: int, state: bool) -> None:
+    check(short_conv_errors((2, length, 24), torch.float32, state=state), torch.float32)
+
+
+@runs_kernels
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+def test_short_conv_with_and_without_bias_and_silu(silu: bool, bias: bool) -> None:
+    check(short_conv_errors((2, 21, 40), torch.float32, silu=silu, bias=bias), torch.float32)
+
+
+@runs_kernels
+@pytest.mark.parametrize(("width", "taps"), [(40, 2), (136, 3), (16, 5), (7, 8)])
+def test_short_conv_at_odd_widths(width: int, taps: int) -> None:
+    check(short_conv_errors((1, 67, width), torch.float32, W=taps, state=True), torch.float32)
+
+
+@runs_kernels
+def test_short_conv_over_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("rodimus_lab.ops.short_conv.sliding"), "LONGEST", 8)
+    for state in (False, True):
+        check(short_conv_errors((2, 72, 24), torch.float32, state=state), torch.float32)
+
+
+@runs_kernels
+@pytest.mark.parametrize("silu", [False, True])
+def test_short_conv_keeps_documents_and_padding_apart(silu: bool) -> None:
+    ids = torch.randint(0, 20, (2, 80)).sort(dim=1).values - 1
+    ids[0] = torch.arange(80) // 70 - (torch.arange(80) < 5).long()
+    check(short_conv_errors((2, 80, 24), torch.float32, silu=silu, ids=ids), torch.float32)
 
 
 @runs_kernels
@@ -140,7 +195,7 @@ def test_conv_gate_at_odd_widths(width: int, rank: int, taps: int) -> None:
 @runs_kernels
 def test_conv_gate_over_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = importlib.import_module("rodimus_lab.ops.conv_gate.triton")
-    monkeypatch.setattr(kernels, "LONGEST", 8)
+    monkeypatch.setattr(importlib.import_module("rodimus_lab.ops.short_conv.sliding"), "LONGEST", 8)
     monkeypatch.setattr(kernels, "GATE_STRETCH", 64)
     for state in (False, True):
         check(conv_gate_errors((2, 72, 24), torch.float32, state=state), torch.float32)
@@ -161,6 +216,7 @@ def test_gated_norm_at_odd_sizes(shape: tuple[int, int, int]) -> None:
 
 @runs_kernels
 def test_float16() -> None:
+    check(short_conv_errors((1, 70, 48), torch.float16), torch.float16)
     check(conv_gate_errors((1, 70, 48), torch.float16), torch.float16)
     check(gated_norm_errors((1, 7, 48), torch.float16), torch.float16)
 
@@ -168,6 +224,7 @@ def test_float16() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(4, 2048, 4096), (32, 512, 1024), (3, 777, 1536), (1, 130, 3072)])
 def test_bfloat16_at_real_shapes(shape: tuple[int, int, int]) -> None:
+    check(short_conv_errors(shape, torch.bfloat16, state=shape[0] == 3), torch.bfloat16)
     check(conv_gate_errors(shape, torch.bfloat16, state=shape[0] == 3), torch.bfloat16)
     check(gated_norm_errors(shape, torch.bfloat16), torch.bfloat16)
 
@@ -183,7 +240,8 @@ def test_the_same_bits_every_time() -> None:
     for _ in range(3):
         x, z, weight, bias, *gate = leaves
         conv, v, _ = conv_gate(x, weight, bias, LowRankGate(*gate), backend="triton")
-        y = gated_norm(v, conv, z, bias, bias, eps=1e-5, backend="triton")
+        other, _ = short_conv(z, weight, bias, silu=True, backend="triton")
+        y = gated_norm(v, conv, other, bias, bias, eps=1e-5, backend="triton")
         runs.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
@@ -228,6 +286,8 @@ def test_what_they_cannot_do_is_said() -> None:
     x = torch.zeros(1, 2, 16, device=DEVICE)
     with pytest.raises(UserError, match="a convolution with bias and a gate together"):
         conv_gate(x, None, None, None, backend="triton")
+    with pytest.raises(UserError, match="the width 9 is over 8"):
+        short_conv(x, x.new_zeros(16, 9), backend="triton")
     with pytest.raises(UserError, match="no float64"):
         gated_norm(x.double(), x, x, x[0, 0], x[0, 0], eps=1.0, backend="triton")
     with pytest.raises(UserError, match="takes a feedthrough"):
@@ -239,12 +299,15 @@ FP32 = (
 )  # fmt: skip
 GATE = {"R": 16, "BR": 16, "BM": 64, "STAGES": 2, "PRECISION": "tf32"}
 TILE = GATE | {"W": 4, "S": 16, "U": 4}
+CONV = {"W": 4, "S": 8, "BM": 64, "U": 4, "BIAS": True, "SILU": True}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in the compiler's place")
 @pytest.mark.parametrize(
     ("operator", "name", "warps", "constants"),
     [
+        ("short_conv", "_forward_kernel", 4, CONV | {"STATE": True, "PACKED": False}),
+        ("short_conv", "_backward_kernel", 4, CONV | {"STATE": False, "PACKED": True}),
         ("conv_gate", "_forward_kernel", 4, TILE | {"STATE": True, "PACKED": False}),
         ("conv_gate", "_backward_kernel", 4, TILE | {"STATE": False, "PACKED": True}),
         ("conv_gate", "_gate_kernel", 4, GATE | {"BT": 64}),

@@ -74,13 +74,17 @@ def composed(
     segments: Segments | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The definition, of one operator after the other."""
-    conv_BTM, v_BTM = x_BTM, x_BTM
-    if conv_weight_MW is not None:
-        conv_BTM, state_BWM = short_conv(x_BTM, conv_weight_MW, conv_bias_M, state_BWD=state_BWM, segments=segments)
+    v_BTM = x_BTM
+    if conv_weight_MW is None:
+        conv_BTM = F.silu(x_BTM)
+    else:
+        conv_BTM, state_BWM = short_conv(
+            x_BTM, conv_weight_MW, conv_bias_M, silu=True, state_BWD=state_BWM, segments=segments
+        )
     if gate is not None:
         down_RM, up_MR, bias_M = (weight.to(x_BTM.dtype) for weight in gate)
         v_BTM = x_BTM * F.linear(F.linear(x_BTM, down_RM), up_MR, bias_M).sigmoid()
-    return F.silu(conv_BTM), v_BTM, state_BWM
+    return conv_BTM, v_BTM, state_BWM
 
 
 def _triton(*arguments: Any) -> Any:

@@ -1,11 +1,8 @@
 """The short convolution and the value gate in one pass over x forward and in two backward.
 
-The convolution slides: the rows of a tile are not neighbours in time but stretches of L tokens, and a program walks all
-of them in step, token by token. The last W inputs and gradients of each row are then simply carried along in registers.
-Nothing is shifted or kept aside, every input is read once (and again W-1 tokens where stretches meet), and the sums
-over tokens for the convolution's parameters stay in registers as well. The gate's logits, and what its gradient adds
-to dx, are products of rank R for the rows at hand. U steps at a time are written out: the carried values then take
-turns in the registers, and the loads of the next U are under way meanwhile.
+The convolution slides along time (`short_conv.sliding`), and the sums over tokens for its parameters stay in registers
+as well. The gate's logits, and what its gradient adds to dx, are products of rank R for the rows at hand. The loads of
+the next U steps are under way while U are worked on.
 
 A trip is one tensor of tokens x M read or written; the narrow tensors (h of rank R, the parameters' partial sums) are
 small beside it. Forward: x read, x' and v written. Backward: x and dv read for dh, which is a sum over all of M; then
@@ -27,60 +24,20 @@ from torch import Tensor
 
 from rodimus_lab.ops.fast_math import sigmoid, times_sigmoid
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.short_conv.sliding import (
+    apart,
+    as_rows,
+    convolve,
+    document_at,
+    input_at,
+    last_inputs,
+    load_taps,
+    push,
+    rows_of_tile,
+    steps,
+)
 from rodimus_lab.ops.tracing import opaque_operator
 from rodimus_lab.ops.triton_facts import dot_precision
-
-
-@triton.jit
-def _push(window, newest):
-    return (newest,) + window[:-1]  # noqa: RUF005 (Triton has no unpacking)
-
-
-@triton.jit
-def _rows_of_tile(B, T, L, W: tl.constexpr, S: tl.constexpr, STATE: tl.constexpr):
-    """Each row's sequence, its stretch's first token and its sequence's end. With STATE the time starts W-1 tokens
-    early; a row too many ends before that."""
-    early: tl.constexpr = W - 1 if STATE else 0
-    stretches = tl.cdiv(T + early, L)
-    row = tl.program_id(1) * S + tl.arange(0, S)
-    b = row // stretches
-    return b.to(tl.int64), row % stretches * L - early, tl.where(b < B, T, 1 - W)
-
-
-@triton.jit
-def _input(x_at, state_at, t, end, in_m, M, W: tl.constexpr, STATE: tl.constexpr):
-    """x_t, from the state before the sequence's start. `state_at` points to where token 0 would be."""
-    x = tl.load(x_at, mask=((t >= 0) & (t < end))[:, None] & in_m, other=0.0)
-    if STATE:
-        before = (t > -W) & (t < tl.minimum(end, 0))
-        x += tl.load(state_at + t[:, None] * M, mask=before[:, None] & in_m, other=0.0).to(x.dtype)
-    return x
-
-
-@triton.jit
-def _document(id_at, t, end):
-    return tl.load(id_at, mask=(t >= 0) & (t < end), other=-2)
-
-
-@triton.jit
-def _taps(weight_ptr, m, in_m, W: tl.constexpr):
-    """The convolution's weights, the newest token's first."""
-    taps = (0.0,) * W
-    for tap in tl.static_range(W):
-        taps = _push(taps, tl.load(weight_ptr + m * W + tap, mask=in_m, other=0.0).to(tl.float32))
-    return taps
-
-
-@triton.jit
-def _convolve(taps, bias, xs, ids, W: tl.constexpr, PACKED: tl.constexpr):
-    """Of the newest of xs, the last W inputs."""
-    conv = bias + taps[0] * xs[0]
-    for back in tl.static_range(1, W):
-        x = xs[back]
-        if PACKED:
-            x = tl.where((ids[back] == ids[0])[:, None], x, 0.0)
-        conv += taps[back] * x
-    return conv
 
 
 @triton.jit
@@ -89,13 +46,13 @@ def _forward_kernel(
     W: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, U: tl.constexpr,
     STAGES: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    b, first, end = _rows_of_tile(B, T, L, W, S, False)
+    b, first, end = rows_of_tile(B, T, L, W, S, False)
     m, r = (tl.program_id(0) * BM + tl.arange(0, BM))[None, :], tl.arange(0, BR)
     in_m, in_r = m < M, r < R
     up = tl.load(up_ptr + m * R + r[:, None], mask=in_m & in_r[:, None], other=0.0).to(x_ptr.dtype.element_ty)
     up_bias = tl.load(up_bias_ptr + m, mask=in_m, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + m, mask=in_m, other=0.0).to(tl.float32)
-    taps = _taps(weight_ptr, m, in_m, W)
+    taps = load_taps(weight_ptr, m, in_m, W)
     token = b * T + first
     x_at = x_ptr + (token[:, None] * x_row + m)
     h_at = h_ptr + (token[:, None] * R + r[None, :])
@@ -103,9 +60,9 @@ def _forward_kernel(
     at = token[:, None] * M + m
     xs, ids = (0.0,) * W, (0,) * W
     for p in tl.static_range(-W, 0):
-        xs = _push(xs, _input(x_at + p * x_row, state_at, first + p, end, in_m, M, W, STATE).to(tl.float32))
+        xs = push(xs, input_at(x_at + p * x_row, state_at, first + p, end, in_m, M, W, STATE).to(tl.float32))
         if PACKED:
-            ids = _push(ids, _document(id_ptr + token + p, first + p, end))
+            ids = push(ids, document_at(id_ptr + token + p, first + p, end))
     for step in tl.range(0, L, U, num_stages=STAGES):
         for u in tl.static_range(U):
             i = step + u
@@ -113,10 +70,10 @@ def _forward_kernel(
             in_tile = in_t[:, None] & in_m
             x = tl.load(x_at + i * x_row, mask=in_tile, other=0.0).to(tl.float32)
             h = tl.load(h_at + i * R, mask=in_t[:, None] & in_r[None, :], other=0.0)
-            xs = _push(xs, x)
+            xs = push(xs, x)
             if PACKED:
-                ids = _push(ids, _document(id_ptr + token + i, first + i, end))
-            conv = _convolve(taps, bias, xs, ids, W, PACKED)
+                ids = push(ids, document_at(id_ptr + token + i, first + i, end))
+            conv = convolve(taps, bias, xs, ids, W, PACKED)
             tl.store(conv_out + (at + i * M), times_sigmoid(conv, conv).to(conv_out.dtype.element_ty), mask=in_tile)
             v = times_sigmoid(x, tl.dot(h, up, input_precision=PRECISION) + up_bias)
             tl.store(v_out + (at + i * M), v.to(v_out.dtype.element_ty), mask=in_tile)
@@ -170,7 +127,7 @@ def _backward_kernel(
 ):  # fmt: skip
     """Backward, second: dx, W_1 and the convolution's parameters. dx_t needs the gradient dc of what SiLU saw up to
     token t + W-1, so that step i reads token s = i + W-1 of the stretch and finishes token i."""
-    b, first, end = _rows_of_tile(B, T, L, W, S, STATE)
+    b, first, end = rows_of_tile(B, T, L, W, S, STATE)
     begin = tl.maximum(first, 0)
     m, r = (tl.program_id(0) * BM + tl.arange(0, BM))[None, :], tl.arange(0, BR)
     in_m, in_r = m < M, r < R
@@ -179,7 +136,7 @@ def _backward_kernel(
     down = tl.load(down_ptr + r[:, None] * M + m, mask=in_gate, other=0.0).to(x_ptr.dtype.element_ty)
     up_bias = tl.load(up_bias_ptr + m, mask=in_m, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + m, mask=in_m, other=0.0).to(tl.float32)
-    taps = _taps(weight_ptr, m, in_m, W)
+    taps = load_taps(weight_ptr, m, in_m, W)
     token = b * T + first
     x_at = x_ptr + (token[:, None] * x_row + m)
     dconv_at = dconv_ptr + (token[:, None] * dconv_row + m)
@@ -195,29 +152,29 @@ def _backward_kernel(
     EARLY: tl.constexpr = (W - 2 + U) // U * U
     xs, ids = (0.0,) * W, (0,) * W
     for p in tl.static_range(-1 - EARLY, W - 1 - EARLY):
-        past = _input(x_at + p * x_row, state_ptr + in_state, first + p, end, in_m, M, W, STATE)
-        xs = _push(xs, past.to(tl.float32) + zero)
+        past = input_at(x_at + p * x_row, state_ptr + in_state, first + p, end, in_m, M, W, STATE)
+        xs = push(xs, past.to(tl.float32) + zero)
         if PACKED:
-            ids = _push(ids, _document(id_ptr + token + p, first + p, end))
+            ids = push(ids, document_at(id_ptr + token + p, first + p, end))
     dcs, dbias, dtaps = (zero,) * W, zero, (zero,) * W
     ddown = tl.zeros([BM, BR], tl.float32)
     for step in tl.range(-EARLY, L, U, num_stages=STAGES):
         for u in tl.static_range(U):
             i = step + u
             s = i + W - 1
-            new = _input(x_at + s * x_row, state_ptr + in_state, first + s, end, in_m, M, W, STATE)
+            new = input_at(x_at + s * x_row, state_ptr + in_state, first + s, end, in_m, M, W, STATE)
             in_s = (first + s >= begin) & (first + s < end)
             dconv = tl.load(dconv_at + s * dconv_row, mask=in_s[:, None] & in_m, other=0.0).to(tl.float32)
             own = in_s & (s < L)
             dh = tl.load(dh_ptr + (narrow + s * R), mask=own[:, None] & in_r[None, :], other=0.0)
             ddown = tl.dot(tl.trans(new), dh, ddown, input_precision=PRECISION)
 
-            xs = _push(xs, new.to(tl.float32))
+            xs = push(xs, new.to(tl.float32))
             if PACKED:
-                ids = _push(ids, _document(id_ptr + token + s, first + s, end))
-            conv = _convolve(taps, bias, xs, ids, W, PACKED)
+                ids = push(ids, document_at(id_ptr + token + s, first + s, end))
+            conv = convolve(taps, bias, xs, ids, W, PACKED)
             silu = sigmoid(conv)
-            dcs = _push(dcs, dconv * silu * (1 + conv * (1 - silu)))
+            dcs = push(dcs, dconv * silu * (1 + conv * (1 - silu)))
 
             in_t = (first + i >= begin) & (first + i < end)
             in_tile = in_t[:, None] & in_m
@@ -234,7 +191,7 @@ def _backward_kernel(
                 if PACKED:
                     dc = tl.where((ids[W - 1 - ahead] == ids[W - 1])[:, None], dc, 0.0)
                 dx += taps[ahead] * dc
-                sums = _push(sums, dtaps[W - 1 - ahead] + x * dc)
+                sums = push(sums, dtaps[W - 1 - ahead] + x * dc)
             dtaps = sums
             dbias += dcs[W - 1]
 
@@ -256,28 +213,14 @@ def _backward_kernel(
 FORWARD_TILE = {"S": 16, "BM": 64, "U": 4, "STAGES": 4, "num_warps": 4, "maxnreg": 128}
 GATE_TILE = {"BT": 64, "BM": 64, "STAGES": 4, "num_warps": 4, "maxnreg": 168}
 BACKWARD_TILE = {"S": 16, "BM": 64, "U": 4, "STAGES": 3, "num_warps": 4}
-# Programs a multiprocessor that stretches may be cut short for, forward and backward, and the longest: a stretch reads
-# W-1 tokens too many, and backward has sums over its tokens to be added to the others'.
-PROGRAMS, BACKWARD_PROGRAMS, LONGEST = 2, 1, 128
+# Programs a multiprocessor that stretches may be cut short for: a stretch reads W-1 tokens too many.
+PROGRAMS, BACKWARD_PROGRAMS = 2, 1
 # Tokens that a program of the gate's backward pass sums over.
 GATE_STRETCH = 1024
 
 
 def _fit(tile: dict[str, int], x: Tensor) -> dict[str, int]:
     return tile | {"BM": min(tile["BM"] * 2 // x.element_size(), max(16, triton.next_power_of_2(x.shape[-1])))}
-
-
-def _steps(x: Tensor, tile: dict[str, int], programs: int) -> int:
-    """L, a power of two."""
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    wanted = x.numel() // (tile["S"] * tile["BM"] * programs * multiprocessors)
-    return min(LONGEST, max(4 * tile["U"], triton.next_power_of_2(wanted + 1) // 2))
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., M) -> (rows, M) with contiguous rows, without a copy for the halves of a wider tensor."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _constants(x: Tensor, up: Tensor, weight: Tensor, state: Tensor | None, ids: Tensor | None) -> dict[str, Any]:
@@ -299,11 +242,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """x', v and h = x W_1."""
     B, T, M = x.shape
-    rows = _rows(x)
+    rows = as_rows(x)
     h = rows @ down.to(x.dtype).T
     conv, v = x.new_empty(x.shape), x.new_empty(x.shape)
     tile = _fit(FORWARD_TILE, x)
-    L = _steps(x, tile, PROGRAMS)
+    L = steps(x, tile, PROGRAMS)
     _forward_kernel[(triton.cdiv(M, tile["BM"]), triton.cdiv(B * triton.cdiv(T, L), tile["S"]))](
         rows, h, up.contiguous(), up_bias, weight.contiguous(), bias, x if state is None else state.contiguous(),
         x if ids is None else ids, conv, v, B, T, M, L, rows.stride(0),
@@ -329,7 +272,7 @@ def _backward(
     another in float32; the state's, empty without one."""
     B, T, M = x.shape
     N, R, W = B * T, up.shape[1], weight.shape[1]
-    rows, dconv, dv = _rows(x), _rows(dconv), _rows(dv)
+    rows, dconv, dv = as_rows(x), as_rows(dconv), as_rows(dv)
     down, up = down.contiguous(), up.contiguous()
     constants = _constants(x, up, weight, state, ids)
     tile = _fit(GATE_TILE, x)
@@ -341,7 +284,7 @@ def _backward(
     )  # fmt: skip
 
     tile = _fit(BACKWARD_TILE, x)
-    L = _steps(x, tile, BACKWARD_PROGRAMS)
+    L = steps(x, tile, BACKWARD_PROGRAMS)
     groups = triton.cdiv(B * triton.cdiv(T + (0 if state is None else W - 1), L), tile["S"])
     dx, dstate = x.new_empty(B, T, M), x.new_empty(0) if state is None else state.new_empty(state.shape)
     of_conv = x.new_empty(groups, M * (R + W + 1), dtype=torch.float32)
@@ -372,14 +315,9 @@ def _backward_of(ctx: Any, dconv: Tensor, dv: Tensor, dh: Tensor) -> Any:
     saved = ctx.saved_tensors  # Once: under recomputation the second look would be refused.
     _, down, up, up_bias, weight, bias, state, *_ = saved
     dx, of_gate, of_conv, dstate = _backward(*saved, dconv, dv)
-    dup, dup_bias = _apart(of_gate, up, up_bias)
-    ddown, dweight, dbias = _apart(of_conv, down, weight, bias)
+    dup, dup_bias = apart(of_gate, up, up_bias)
+    ddown, dweight, dbias = apart(of_conv, down, weight, bias)
     return dx, ddown, dup, dup_bias, dweight, dbias, None if state is None else dstate, None
-
-
-def _apart(sums: Tensor, *parameters: Tensor) -> list[Tensor]:
-    parts = sums.split([each.numel() for each in parameters])
-    return [part.view(each.shape).to(each.dtype) for part, each in zip(parts, parameters, strict=True)]
 
 
 _forward.register_autograd(_backward_of, setup_context=_setup_context)
@@ -396,13 +334,4 @@ def fused(
     """See `conv_gate`. Sums and gates in float32, the gate's products in x's dtype."""
     ids = None if segments is None else segments.ids_BT.int().contiguous()
     conv_BTM, v_BTM, _ = _forward(x_BTM, *gate, conv_weight_MW, conv_bias_M, state_BWM, ids)
-    kept = conv_weight_MW.shape[1] - 1
-    start = max(0, x_BTM.shape[1] - kept)
-    last = x_BTM[:, start:]
-    if ids is not None:
-        last = last * (ids[:, start:] == ids[:, -1:]).unsqueeze(-1)
-    if last.shape[1] < kept:
-        if state_BWM is None:
-            state_BWM = x_BTM.new_zeros(x_BTM.shape[0], kept, x_BTM.shape[2])
-        last = torch.cat([state_BWM[:, last.shape[1] :].to(x_BTM.dtype), last], dim=1)
-    return conv_BTM, v_BTM, last
+    return conv_BTM, v_BTM, last_inputs(x_BTM, conv_weight_MW.shape[1] - 1, state_BWM, ids)

@@ -1,0 +1,103 @@
+"""A convolution that slides along time: what the kernels of `short_conv` and `conv_gate` share.
+
+The rows of a tile are not neighbours in time but stretches of L tokens, and a program walks all of them in step, token
+by token. The last W inputs and gradients of each row are then simply carried along in registers: nothing is shifted or
+kept aside, and every input is read once (and again W-1 tokens where stretches meet). U steps at a time are written out:
+the carried values then take turns in the registers.
+
+Shapes: B batch, T time, M width, W convolution width, S x BM a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# The longest stretch: backward has sums over its tokens to be added to the others'.
+LONGEST = 128
+
+
+@triton.jit
+def push(window, newest):
+    return (newest,) + window[:-1]  # noqa: RUF005 (Triton has no unpacking)
+
+
+@triton.jit
+def rows_of_tile(B, T, L, W: tl.constexpr, S: tl.constexpr, STATE: tl.constexpr):
+    """Each row's sequence, its stretch's first token and its sequence's end. With STATE the time starts W-1 tokens
+    early; a row too many ends before that."""
+    early: tl.constexpr = W - 1 if STATE else 0
+    stretches = tl.cdiv(T + early, L)
+    row = tl.program_id(1) * S + tl.arange(0, S)
+    b = row // stretches
+    return b.to(tl.int64), row % stretches * L - early, tl.where(b < B, T, 1 - W)
+
+
+@triton.jit
+def input_at(x_at, state_at, t, end, in_m, M, W: tl.constexpr, STATE: tl.constexpr):
+    """x_t, from the state before the sequence's start. `state_at` points to where token 0 would be."""
+    x = tl.load(x_at, mask=((t >= 0) & (t < end))[:, None] & in_m, other=0.0)
+    if STATE:
+        before = (t > -W) & (t < tl.minimum(end, 0))
+        x += tl.load(state_at + t[:, None] * M, mask=before[:, None] & in_m, other=0.0).to(x.dtype)
+    return x
+
+
+@triton.jit
+def document_at(id_at, t, end):
+    return tl.load(id_at, mask=(t >= 0) & (t < end), other=-2)
+
+
+@triton.jit
+def load_taps(weight_ptr, m, in_m, W: tl.constexpr):
+    """The convolution's weights, the newest token's first."""
+    taps = (0.0,) * W
+    for tap in tl.static_range(W):
+        taps = push(taps, tl.load(weight_ptr + m * W + tap, mask=in_m, other=0.0).to(tl.float32))
+    return taps
+
+
+@triton.jit
+def convolve(taps, bias, xs, ids, W: tl.constexpr, PACKED: tl.constexpr):
+    """Of the newest of xs, the last W inputs."""
+    conv = bias + taps[0] * xs[0]
+    for back in tl.static_range(1, W):
+        x = xs[back]
+        if PACKED:
+            x = tl.where((ids[back] == ids[0])[:, None], x, 0.0)
+        conv += taps[back] * x
+    return conv
+
+
+def steps(x: Tensor, tile: dict[str, int], programs: int) -> int:
+    """L, a power of two, where stretches may be cut short for so many programs a multiprocessor."""
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    wanted = x.numel() // (tile["S"] * tile["BM"] * programs * multiprocessors)
+    return min(LONGEST, max(4 * tile["U"], triton.next_power_of_2(wanted + 1) // 2))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., M) -> (rows, M) with contiguous rows, without a copy for the halves of a wider tensor."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def apart(sums: Tensor, *parameters: Tensor) -> list[Tensor]:
+    """The sums, one parameter's after another's, in the parameters' shapes and types."""
+    parts = sums.split([each.numel() for each in parameters])
+    return [part.view(each.shape).to(each.dtype) for part, each in zip(parts, parameters, strict=True)]
+
+
+def last_inputs(x_BTM: Tensor, kept: int, state_BWM: Tensor | None, ids_BT: Tensor | None) -> Tensor:
+    """The last `kept` inputs of the last token's document, from the state where there are fewer."""
+    start = max(0, x_BTM.shape[1] - kept)
+    last = x_BTM[:, start:]
+    if ids_BT is not None:
+        last = last * (ids_BT[:, start:] == ids_BT[:, -1:]).unsqueeze(-1)
+    if last.shape[1] < kept:
+        if state_BWM is None:
+            state_BWM = x_BTM.new_zeros(x_BTM.shape[0], kept, x_BTM.shape[2])
+        last = torch.cat([state_BWM[:, last.shape[1] :].to(x_BTM.dtype), last], dim=1)
+    return last
