@@ -146,11 +146,11 @@ def _backward_kernel(
     tl.store(sums_out + M * W + m, tl.sum(dbias, 0)[None, :], mask=in_m)
 
 
-# A row of a tile is 128 bytes of a 16-bit type.
-FORWARD_TILE = {"S": 8, "BM": 64, "U": 8, "num_warps": 4}
-BACKWARD_TILE = {"S": 8, "BM": 64, "U": 4, "num_warps": 4}
+# A row of a tile is 256 and 128 bytes of a 16-bit type.
+FORWARD_TILE = {"S": 4, "BM": 128, "U": 8, "num_warps": 4}
+BACKWARD_TILE = {"S": 8, "BM": 64, "U": 8, "num_warps": 4}
 # Programs a multiprocessor that stretches may be cut short for: a stretch reads W-1 tokens too many.
-PROGRAMS, BACKWARD_PROGRAMS = 8, 4
+PROGRAMS, BACKWARD_PROGRAMS = 16, 4
 
 
 def _fit(tile: dict[str, int], x: Tensor) -> dict[str, int]:
