@@ -2,10 +2,15 @@
 
     S_t = exp(Delta_t A) S_{t-1} + B_t^T (Delta_t x_t),   o_t = C_t S_t
 
-Shapes: B batch, T time, H heads, N state expansion, P head width.
+From a zero state it is, dually, a masked attention: o_t = sum over s <= t of (C_t . B_s) a_t/a_s Delta_s x_s, where a_t
+is the product of the decays up to t.
+
+Shapes: B batch, T time, H heads, N state expansion, P head width, S time again.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +24,7 @@ from rodimus_lab.ops.sequence import sequence_shard
 from rodimus_lab.ops.tracing import untraced
 
 CHUNK = 256  # of mamba-ssm's kernels, the authors' choice
+SHORT = 128  # Up to here the dual form's T x T scores are fewer than the states that the other forms write.
 
 
 def ssd(
@@ -44,6 +50,7 @@ def ssd(
         "length": x_BTHP.shape[1],
         "packed": segments is not None,
         "split": sequence_shard() is not None,
+        "state": state_BHNP is not None,
     }
     run = choose("ssd", backend, facts).run
     return run(x_BTHP, dt_BTH, A_H, B_BTN, C_BTN, state_BHNP, segments)
@@ -70,6 +77,35 @@ def by_gated_linear(
     )
 
 
+def attention_form(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    state_BHNP: None,
+    segments: None,
+) -> tuple[Tensor, Tensor]:
+    """The dual, with all scores in memory."""
+    x_BHTP, dt_BHT = x_BTHP.transpose(1, 2), dt_BTH.transpose(1, 2)
+    log_a_BHT = (dt_BHT * A_H.unsqueeze(-1)).cumsum(-1)
+    log_decay_BHTS = log_a_BHT.unsqueeze(-1) - log_a_BHT.unsqueeze(-2)
+    ahead_TS = torch.ones(log_decay_BHTS.shape[-2:], dtype=torch.bool, device=x_BTHP.device).triu(1)
+    weight_BHTS = log_decay_BHTS.masked_fill(ahead_TS, -torch.inf).exp() * dt_BHT.unsqueeze(-2)
+    scores_BHTS = ((C_BTN @ B_BTN.mT).unsqueeze(1) * weight_BHTS).to(x_BTHP.dtype)
+    at_last_BHTP = (weight_BHTS[:, :, -1].unsqueeze(-1) * x_BHTP).to(x_BTHP.dtype)
+    last_BHNP = B_BTN.mT.unsqueeze(1) @ at_last_BHTP
+    return (scores_BHTS @ x_BHTP).transpose(1, 2), last_BHNP.to(dt_BTH.dtype)
+
+
+def _attention_form_why_not(packed: bool, split: bool, state: bool, **_: Any) -> str | None:
+    return "it is for whole sequences from a zero state" if packed or split or state else None
+
+
+def _attention_form_pays(length: int, **_: Any) -> bool:
+    return length <= SHORT
+
+
 @untraced
 def _mamba_ssm(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, segments: None
@@ -86,7 +122,7 @@ def _mamba_ssm(
     return y, last.transpose(-1, -2)
 
 
-def _mamba_ssm_why_not(device: str, dtype: torch.dtype, length: int, packed: bool, split: bool) -> str | None:
+def _mamba_ssm_why_not(device: str, dtype: torch.dtype, length: int, packed: bool, split: bool, **_: Any) -> str | None:
     if device != "cuda":
         return "mamba-ssm's kernels need a CUDA device"
     if not installed("mamba_ssm"):
@@ -102,7 +138,8 @@ def _mamba_ssm_why_not(device: str, dtype: torch.dtype, length: int, packed: boo
 
 declare(
     "ssd",
+    Backend("attention_form", attention_form, _attention_form_why_not, _attention_form_pays),
     Backend("mamba_ssm", _mamba_ssm, _mamba_ssm_why_not),
     Backend("gated_linear", by_gated_linear),
-    example={"dtype": torch.bfloat16, "length": 512, "packed": False, "split": False},
+    example={"dtype": torch.bfloat16, "length": 512, "packed": False, "split": False, "state": False},
 )

@@ -47,11 +47,12 @@ def by_hand(mixer: Mamba2, u_TD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_it_is_its_definition() -> None:
+@pytest.mark.parametrize("length", [70, 140])  # by either form of the duality
+def test_it_is_its_definition(length: int) -> None:
     mixer = drawn(SMALL, 12).double()
     for parameter in mixer.parameters():
         parameter.add_(0.3 * torch.randn_like(parameter))
-    u = torch.randn(2, 70, 12, dtype=torch.float64)
+    u = torch.randn(2, length, 12, dtype=torch.float64)
     want = torch.stack([by_hand(mixer, row) for row in u])
     torch.testing.assert_close(mixer(u)[0], want, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(mixer.float()(u.float())[0], want.float(), rtol=1e-4, atol=1e-4)
@@ -60,8 +61,8 @@ def test_it_is_its_definition() -> None:
 @torch.no_grad()
 def test_it_takes_the_path_of_one_gate_a_head(recurrence) -> None:
     """With the queries and keys that all heads share taken once, and no scale."""
-    call = recurrence(importlib.import_module("rodimus_lab.ops.ssd"), drawn(), torch.randn(1, 9, 256))
-    assert call.log_alpha.shape == (1, 9, 8, 1)
+    call = recurrence(importlib.import_module("rodimus_lab.ops.ssd"), drawn(), torch.randn(1, 129, 256))
+    assert call.log_alpha.shape == (1, 129, 8, 1)
     assert call.q.stride(2) == call.k.stride(2) == 0
     assert call.log_alpha.dtype == torch.float32
     assert call.scale == 1.0
