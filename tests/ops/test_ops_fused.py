@@ -171,12 +171,18 @@ def test_short_conv_over_several_programs(monkeypatch: pytest.MonkeyPatch) -> No
         check(short_conv_errors((2, 72, 24), torch.float32, state=state), torch.float32)
 
 
+def documents_and_padding() -> Tensor:
+    """Of 80 tokens: one row of some of each, one of many documents, and one of padding alone."""
+    ids = torch.randint(0, 20, (3, 80)).sort(dim=1).values - 1
+    ids[0] = torch.arange(80) // 70 - (torch.arange(80) < 5).long()
+    ids[2] = -1
+    return ids
+
+
 @runs_kernels
 @pytest.mark.parametrize("silu", [False, True])
 def test_short_conv_keeps_documents_and_padding_apart(silu: bool) -> None:
-    ids = torch.randint(0, 20, (2, 80)).sort(dim=1).values - 1
-    ids[0] = torch.arange(80) // 70 - (torch.arange(80) < 5).long()
-    check(short_conv_errors((2, 80, 24), torch.float32, silu=silu, ids=ids), torch.float32)
+    check(short_conv_errors((3, 80, 24), torch.float32, silu=silu, ids=documents_and_padding()), torch.float32)
 
 
 @runs_kernels
@@ -203,15 +209,32 @@ def test_conv_gate_over_several_programs(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @runs_kernels
 def test_conv_gate_keeps_documents_and_padding_apart() -> None:
-    ids = torch.randint(0, 20, (2, 80)).sort(dim=1).values - 1
-    ids[0] = torch.arange(80) // 70 - (torch.arange(80) < 5).long()
-    check(conv_gate_errors((2, 80, 24), torch.float32, ids=ids), torch.float32)
+    check(conv_gate_errors((3, 80, 24), torch.float32, ids=documents_and_padding()), torch.float32)
 
 
 @runs_kernels
 @pytest.mark.parametrize("shape", [(2, 1, 24), (1, 5, 256), (2, 9, 40), (2, 150, 40)])
 def test_gated_norm_at_odd_sizes(shape: tuple[int, int, int]) -> None:
     check(gated_norm_errors(shape, torch.float32), torch.float32)
+
+
+@runs_kernels
+@pytest.mark.parametrize("operator", ["short_conv", "conv_gate", "gated_norm"])
+def test_vectors_of_parameters_may_be_strided(operator: str) -> None:
+    x, weight, down, up = (torch.randn(*size, device=DEVICE) for size in ((2, 5, 16), (16, 4), (4, 16), (16, 4)))
+    run = {
+        "short_conv": lambda a, b: short_conv(x, weight, a, backend="triton")[0] * b,
+        "conv_gate": lambda a, b: torch.cat(
+            conv_gate(x, weight, a, LowRankGate(down, up, b), backend="triton")[:2], dim=-1
+        ),
+        "gated_norm": lambda a, b: gated_norm(x, x, x, a, b, eps=1e-3, backend="triton"),
+    }[operator]
+    strided = torch.randn(16, 2, device=DEVICE).requires_grad_()
+    found = []
+    for pair in (strided.unbind(1), strided.T.contiguous().unbind(0)):
+        y = run(*pair)
+        found.append([y, *torch.autograd.grad(y.square().sum(), strided)])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 @runs_kernels

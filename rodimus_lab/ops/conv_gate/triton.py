@@ -242,7 +242,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """x', v and h = x W_1."""
     B, T, M = x.shape
-    rows = as_rows(x)
+    rows, up_bias, bias = as_rows(x), up_bias.contiguous(), bias.contiguous()
     h = rows @ down.to(x.dtype).T
     conv, v = x.new_empty(x.shape), x.new_empty(x.shape)
     tile = _fit(FORWARD_TILE, x)
@@ -273,7 +273,7 @@ def _backward(
     B, T, M = x.shape
     N, R, W = B * T, up.shape[1], weight.shape[1]
     rows, dconv, dv = as_rows(x), as_rows(dconv), as_rows(dv)
-    down, up = down.contiguous(), up.contiguous()
+    down, up, up_bias, bias = (each.contiguous() for each in (down, up, up_bias, bias))
     constants = _constants(x, up, weight, state, ids)
     tile = _fit(GATE_TILE, x)
     blocks, groups = triton.cdiv(M, tile["BM"]), triton.cdiv(N, GATE_STRETCH)

@@ -118,7 +118,7 @@ def _forward(o: Tensor, x: Tensor, z: Tensor, feedthrough: Tensor, weight: Tenso
     """y, and 1 / root of each row's mean square."""
     y, M = o.new_empty(o.shape), o.shape[-1]
     rstd = o.new_empty(o.shape[:-1], dtype=torch.float32)
-    o, x, z = _rows(o), _rows(x), _rows(z)
+    o, x, z, feedthrough, weight = _rows(o), _rows(x), _rows(z), feedthrough.contiguous(), weight.contiguous()
     N = o.shape[0]
     programs, each, sizes = _launch(o, N, **FORWARD)
     _forward_kernel[(programs,)](
@@ -139,6 +139,7 @@ def _backward(
     """The gradients of o and z, and in float32 those of the feedthrough and the weight, one below the other."""
     do, dz, M = o.new_empty(o.shape), z.new_empty(z.shape), o.shape[-1]
     o, x, z, dy = _rows(o), _rows(x), _rows(z), _rows(dy)
+    feedthrough, weight = feedthrough.contiguous(), weight.contiguous()
     N = o.shape[0]
     programs, each, sizes = _launch(o, N, **BACKWARD)
     sums = o.new_empty(programs, 2, M, dtype=torch.float32)

@@ -95,7 +95,8 @@ def last_inputs(x_BTM: Tensor, kept: int, state_BWM: Tensor | None, ids_BT: Tens
     start = max(0, x_BTM.shape[1] - kept)
     last = x_BTM[:, start:]
     if ids_BT is not None:
-        last = last * (ids_BT[:, start:] == ids_BT[:, -1:]).unsqueeze(-1)
+        own = (ids_BT[:, start:] == ids_BT[:, -1:]) & (ids_BT[:, start:] >= 0)
+        last = last * own.unsqueeze(-1)
     if last.shape[1] < kept:
         if state_BWM is None:
             state_BWM = x_BTM.new_zeros(x_BTM.shape[0], kept, x_BTM.shape[2])

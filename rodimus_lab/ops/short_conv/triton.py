@@ -157,6 +157,11 @@ def _fit(tile: dict[str, int], x: Tensor) -> dict[str, int]:
     return tile | {"BM": min(tile["BM"] * 2 // x.element_size(), max(16, triton.next_power_of_2(x.shape[-1])))}
 
 
+def _given(x: Tensor, *others: Tensor | None) -> list[Tensor]:
+    """The others as the kernels read them; x stands for what there is none of."""
+    return [x if other is None else other.contiguous() for other in others]
+
+
 def _constants(weight: Tensor, bias: Tensor | None, state: Tensor | None, ids: Tensor | None, silu: bool) -> Any:
     flags = {"BIAS": bias is not None, "SILU": silu, "STATE": state is not None, "PACKED": ids is not None}
     return {"W": weight.shape[1]} | flags
@@ -171,8 +176,7 @@ def _forward(
     tile = _fit(FORWARD_TILE, x)
     L = steps(x, tile, PROGRAMS)
     _forward_kernel[(triton.cdiv(M, tile["BM"]), triton.cdiv(B * triton.cdiv(T, L), tile["S"]))](
-        rows, weight.contiguous(), x if bias is None else bias, x if state is None else state.contiguous(),
-        x if ids is None else ids, y, B, T, M, L, rows.stride(0),
+        rows, *_given(x, weight, bias, state, ids), y, B, T, M, L, rows.stride(0),
         **tile, **_constants(weight, bias, state, ids, silu),
     )  # fmt: skip
     return y
@@ -198,8 +202,7 @@ def _backward(
     dx, dstate = x.new_empty(x.shape), x.new_empty(0) if state is None else state.new_empty(state.shape)
     sums = x.new_empty(groups, M * (W + 1), dtype=torch.float32)
     _backward_kernel[(triton.cdiv(M, tile["BM"]), groups)](
-        rows, weight.contiguous(), x if bias is None else bias, x if state is None else state.contiguous(),
-        x if ids is None else ids, dy, dx, dstate, sums, B, T, M, L, rows.stride(0), dy.stride(0),
+        rows, *_given(x, weight, bias, state, ids), dy, dx, dstate, sums, B, T, M, L, rows.stride(0), dy.stride(0),
         **tile, **_constants(weight, bias, state, ids, silu),
     )  # fmt: skip
     return dx, sums.sum(0), dstate
@@ -238,6 +241,6 @@ def sliding(
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `short_conv`. Sums in float32."""
-    ids = None if segments is None else segments.ids_BT.int().contiguous()
+    ids = None if segments is None else segments.ids_BT.int()
     y_BTD = _forward(x_BTD, weight_DW, bias_D, state_BWD, ids, silu)
     return y_BTD, last_inputs(x_BTD, weight_DW.shape[1] - 1, state_BWD, ids)
