@@ -198,7 +198,7 @@ def preceding(x_BTX: Tensor, first_BX: Tensor, segments: Segments | None) -> tup
     first_BX = first_BX.to(x_BTX.dtype)
     past_BTX = torch.cat([first_BX.unsqueeze(1), x_BTX[:, :-1]], dim=1)
     if segments is None:
-        return past_BTX, x_BTX[:, -1]
+        return past_BTX, x_BTX[:, -1].clone()  # A view would keep all of x in memory as long as the state.
     further = (slice(None), slice(None), *[None] * (x_BTX.ndim - 2))
     valid_BT = segments.valid_BT
     entered_BT = valid_BT & ~F.pad(valid_BT[:, :-1], (1, 0))

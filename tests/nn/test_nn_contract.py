@@ -362,6 +362,15 @@ def test_a_state_that_outlives_its_context_is_as_large_as_declared(subject: Any,
 
 
 @torch.no_grad()
+def test_a_state_keeps_nothing_else_in_memory(subject: Any, module: Any) -> None:
+    """As a view of what it was cut from it would."""
+    x = subject.draw(2, T)
+    _, state = module(x, module.init_state(2, context=T, dtype=torch.float64))
+    for leaf in tree_leaves(state):
+        assert leaf.untyped_storage().nbytes() == leaf.nbytes
+
+
+@torch.no_grad()
 def test_declared_flops_are_those_of_a_step(subject: Any, module: Any) -> None:
     """By torch's own count, on the backends whose products it sees: those that do a step's work and no more."""
     countable = {operator: backends[-1].name for operator, backends in OPERATORS.items()}

@@ -219,6 +219,17 @@ def test_gated_norm_at_odd_sizes(shape: tuple[int, int, int]) -> None:
 
 
 @runs_kernels
+def test_a_state_does_not_keep_the_inputs_in_memory() -> None:
+    x, weight, state = (torch.randn(*size, device=DEVICE) for size in ((2, 9, 32), (16, 4), (2, 3, 16)))
+    gate = LowRankGate(*(torch.randn(*size, device=DEVICE) for size in ((4, 16), (16, 4), (16,))))
+    _, of_conv = short_conv(x[..., :16], weight, state_BWD=state, backend="triton")
+    *_, of_both = conv_gate(x[..., :16], weight, weight[:, 0], gate, state_BWM=state, backend="triton")
+    for last in (of_conv, of_both):
+        assert last is not None
+        assert last.untyped_storage().nbytes() == last.nbytes
+
+
+@runs_kernels
 @pytest.mark.parametrize("operator", ["short_conv", "conv_gate", "gated_norm"])
 def test_vectors_of_parameters_may_be_strided(operator: str) -> None:
     x, weight, down, up = (torch.randn(*size, device=DEVICE) for size in ((2, 5, 16), (16, 4), (4, 16), (16, 4)))

@@ -22,7 +22,7 @@ WIDE_ROW = 4096
 def chunked(x_BTX: Tensor, log_a_BTX: Tensor, state_BX: Tensor) -> tuple[Tensor, Tensor]:
     """In the state's dtype; see `diagonal_scan` for the arguments."""
     h_BTX = _Scan.apply(x_BTX.to(state_BX.dtype), log_a_BTX.exp().expand(x_BTX.shape), state_BX)
-    return h_BTX, h_BTX[:, -1]
+    return h_BTX, h_BTX[:, -1].clone()  # A view would keep h in memory as long as the state.
 
 
 class _Scan(torch.autograd.Function):

@@ -53,14 +53,17 @@ def short_conv(
 
 def _history(x_BTD: Tensor, kept: int, state_BWD: Tensor | None, segments: Segments | None) -> Any:
     """The last `kept` inputs before x and x, each one's document, and the state after the last."""
+    length, continued = x_BTD.shape[1], state_BWD is not None
     if state_BWD is None:
         state_BWD = x_BTD.new_zeros(x_BTD.shape[0], kept, x_BTD.shape[2])
     history, documents = torch.cat([state_BWD.to(x_BTD.dtype), x_BTD], dim=1), None
     if segments is not None:
         history, documents = _close_gap(history, segments, kept)
-    new_state = history[:, x_BTD.shape[1] :]
+    new_state = history[:, length:]
     if documents is not None:
-        new_state = new_state * (documents[:, x_BTD.shape[1] :] == documents[:, -1:]).unsqueeze(-1)
+        new_state = new_state * (documents[:, length:] == documents[:, -1:]).unsqueeze(-1)
+    elif continued and length > kept:
+        new_state = new_state.clone()  # A view would keep the whole history in memory as long as the state.
     return history, documents, new_state
 
 

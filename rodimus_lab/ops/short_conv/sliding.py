@@ -101,4 +101,6 @@ def last_inputs(x_BTM: Tensor, kept: int, state_BWM: Tensor | None, ids_BT: Tens
         if state_BWM is None:
             state_BWM = x_BTM.new_zeros(x_BTM.shape[0], kept, x_BTM.shape[2])
         last = torch.cat([state_BWM[:, last.shape[1] :].to(x_BTM.dtype), last], dim=1)
+    elif state_BWM is not None:
+        last = last.clone()  # A view would keep all of x in memory as long as the state.
     return last

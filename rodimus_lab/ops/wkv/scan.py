@@ -57,7 +57,7 @@ def scan(
     past_weight_BTD, own_weight_BTD = (before_BTD - most_BTD).exp(), (own_BTD - most_BTD).exp()
     numerator_BTD = past_weight_BTD * past_BTD2[..., 0] + own_weight_BTD * v_BTD
     denominator_BTD = past_weight_BTD * past_BTD2[..., 1] + own_weight_BTD
-    return numerator_BTD / denominator_BTD, last_BD2, after_BTD[:, -1]
+    return numerator_BTD / denominator_BTD, last_BD2, after_BTD[:, -1].clone()
 
 
 def running_top(k_BTD: Tensor, log_w_BTD: Tensor, top_BD: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
