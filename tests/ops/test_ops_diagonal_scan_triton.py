@@ -117,7 +117,7 @@ def test_what_is_constant_in_time(fixed: str) -> None:
 def test_time_is_split_where_little_else_is(kind: str) -> None:
     from rodimus_lab.ops.diagonal_scan.stretches import split
 
-    for multiple in (1, 16):
+    for multiple in (1, 8):
         stretches, tokens = split(131, 2, multiple, on_gpu=ON_GPU)
         assert stretches == 2
         assert tokens % multiple == 0
@@ -173,7 +173,7 @@ def test_what_it_cannot_do_is_said() -> None:
         selective_scan(**{name: x.to(DEVICE) for name, x in selective(1, 2, 3, 65).items()}, backend="triton")
 
 
-BLOCKS = {"BM": 32, "BN": 16, "CHUNK": 8, "VARIES_B": True, "VARIES_C": True, "PACKED": True, "KEEP": True}
+BLOCKS = {"BM": 16, "BN": 16, "CHUNK": 8, "VARIES_B": True, "VARIES_C": True, "PACKED": True, "KEEP": True}
 NARROW = {"x_ptr", "h_ptr", "h_out", "dh_ptr", "dx_out", "u_ptr", "y_out", "dy_ptr", "du_out", "B_ptr", "C_ptr"}
 
 
@@ -201,4 +201,5 @@ def test_the_kernels_compile_for_hopper_without_one(file: str, name: str, consta
             return "i32"
         return "*i8" if argument == "starts_ptr" else "*bf16" if argument in NARROW else "*fp32"
 
-    compile_for_hopper(kernel, {key: value for key, value in constants.items() if key in kernel.arg_names}, type_of)
+    own = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    compile_for_hopper(kernel, own, type_of, num_warps=4 if file == "triton" else 1)
