@@ -23,16 +23,16 @@ import triton.language as tl
 from torch import Tensor
 
 from rodimus_lab.ops.fast_math import sigmoid, times_sigmoid
+from rodimus_lab.ops.rows import as_rows, push
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.short_conv.sliding import (
     apart,
-    as_rows,
     convolve,
     document_at,
+    fit,
     input_at,
     last_inputs,
     load_taps,
-    push,
     rows_of_tile,
     steps,
 )
@@ -219,10 +219,6 @@ PROGRAMS, BACKWARD_PROGRAMS = 2, 1
 GATE_STRETCH = 1024
 
 
-def _fit(tile: dict[str, int], x: Tensor) -> dict[str, int]:
-    return tile | {"BM": min(tile["BM"] * 2 // x.element_size(), max(16, triton.next_power_of_2(x.shape[-1])))}
-
-
 def _constants(x: Tensor, up: Tensor, weight: Tensor, state: Tensor | None, ids: Tensor | None) -> dict[str, Any]:
     R = up.shape[1]
     return {
@@ -245,7 +241,7 @@ def _forward(
     rows, up_bias, bias = as_rows(x), up_bias.contiguous(), bias.contiguous()
     h = rows @ down.to(x.dtype).T
     conv, v = x.new_empty(x.shape), x.new_empty(x.shape)
-    tile = _fit(FORWARD_TILE, x)
+    tile = fit(FORWARD_TILE, x)
     L = steps(x, tile, PROGRAMS)
     _forward_kernel[(triton.cdiv(M, tile["BM"]), triton.cdiv(B * triton.cdiv(T, L), tile["S"]))](
         rows, h, up.contiguous(), up_bias, weight.contiguous(), bias, x if state is None else state.contiguous(),
@@ -275,7 +271,7 @@ def _backward(
     rows, dconv, dv = as_rows(x), as_rows(dconv), as_rows(dv)
     down, up, up_bias, bias = (each.contiguous() for each in (down, up, up_bias, bias))
     constants = _constants(x, up, weight, state, ids)
-    tile = _fit(GATE_TILE, x)
+    tile = fit(GATE_TILE, x)
     blocks, groups = triton.cdiv(M, tile["BM"]), triton.cdiv(N, GATE_STRETCH)
     dh, of_gate = x.new_empty(blocks, N, R), x.new_empty(groups, M * (R + 1), dtype=torch.float32)
     _gate_kernel[(blocks, groups)](
@@ -283,7 +279,7 @@ def _backward(
         **tile, **{name: constants[name] for name in ("R", "BR", "PRECISION")},
     )  # fmt: skip
 
-    tile = _fit(BACKWARD_TILE, x)
+    tile = fit(BACKWARD_TILE, x)
     L = steps(x, tile, BACKWARD_PROGRAMS)
     groups = triton.cdiv(B * triton.cdiv(T + (0 if state is None else W - 1), L), tile["S"])
     dx, dstate = x.new_empty(B, T, M), x.new_empty(0) if state is None else state.new_empty(state.shape)

@@ -21,27 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from rodimus_lab.ops.diagonal_scan.stretches import chain, split
+from rodimus_lab.ops.rows import push, rows_ahead
 from rodimus_lab.ops.tracing import opaque_operator
 
 CHUNK = 8
 STATES = 256  # of a program, which is one warp: no sum over channels or states then waits for another one.
 LOG2_E = tl.constexpr(math.log2(math.e))
-
-
-@triton.jit
-def _push(window, newest):
-    return (newest,) + window[:-1]  # noqa: RUF005 (Triton has no unpacking)
-
-
-@triton.jit
-def _tokens(z_ptr, first, end, token, M, channel, in_M, CHUNK: tl.constexpr):
-    """Rows of (T, M) for the tokens of a chunk, in float32."""
-    rows = (0.0,) * CHUNK
-    for back in tl.static_range(CHUNK):
-        t = first + CHUNK - 1 - back
-        row = tl.load(z_ptr + (token + t) * M + channel, mask=in_M & (t < end), other=0.0)
-        rows = _push(rows, row.to(tl.float32))
-    return rows
 
 
 @triton.jit
@@ -54,7 +39,7 @@ def _per_state(
         for back in tl.static_range(CHUNK):
             t = first + CHUNK - 1 - back
             row = tl.load(z_ptr + (token + t) * N + state, mask=(state < N) & (t < end), other=0.0)
-            rows = _push(rows, row.to(tl.float32)[None, :])
+            rows = push(rows, row.to(tl.float32)[None, :])
     else:
         at = channel[:, None] * N + state[None, :]
         rows = (tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32),) * CHUNK
@@ -92,8 +77,8 @@ def _forward_kernel(
         h = tl.load(start_ptr + edge, mask=inside, other=0.0)
     end = tl.minimum(stretch * LENGTH + LENGTH, T)
     for first in range(stretch * LENGTH, end, CHUNK):
-        us = _tokens(u_ptr, first, end, token, M, channel, in_M, CHUNK)
-        dts = _tokens(dt_ptr, first, end, token, M, channel, in_M, CHUNK)
+        us = rows_ahead(u_ptr, first, end, token, M, channel, in_M, CHUNK)
+        dts = rows_ahead(dt_ptr, first, end, token, M, channel, in_M, CHUNK)
         Bs = _per_state(B_ptr, first, end, token, N, channel, state, inside, CHUNK, VARIES_B)
         Cs = Bs
         if KEEP:
@@ -133,8 +118,8 @@ def _reverse_kernel(
     chunks = tl.cdiv(end - begin, CHUNK)
     for back in range(chunks):
         first = begin + (chunks - 1 - back) * CHUNK
-        dts = _tokens(dt_ptr, first, end, token, M, channel, in_M, CHUNK)
-        dys = _tokens(dy_ptr, first, end, token, M, channel, in_M, CHUNK)
+        dts = rows_ahead(dt_ptr, first, end, token, M, channel, in_M, CHUNK)
+        dys = rows_ahead(dy_ptr, first, end, token, M, channel, in_M, CHUNK)
         Cs = _per_state(C_ptr, first, end, token, N, channel, state, inside, CHUNK, VARIES_C)
         for i in tl.static_range(CHUNK - 1, -1, -1):
             a = _decay(dts[i], A, starts_ptr, token, first + i, end, PACKED)
@@ -168,9 +153,9 @@ def _backward_kernel(
     chunks = tl.cdiv(end - begin, CHUNK)
     for back in range(chunks):
         first = begin + (chunks - 1 - back) * CHUNK
-        us = _tokens(u_ptr, first, end, token, M, channel, in_M, CHUNK)
-        dts = _tokens(dt_ptr, first, end, token, M, channel, in_M, CHUNK)
-        dys = _tokens(dy_ptr, first, end, token, M, channel, in_M, CHUNK)
+        us = rows_ahead(u_ptr, first, end, token, M, channel, in_M, CHUNK)
+        dts = rows_ahead(dt_ptr, first, end, token, M, channel, in_M, CHUNK)
+        dys = rows_ahead(dy_ptr, first, end, token, M, channel, in_M, CHUNK)
         Bs = _per_state(B_ptr, first, end, token, N, channel, state, inside, CHUNK, VARIES_B)
         Cs = _per_state(C_ptr, first, end, token, N, channel, state, inside, CHUNK, VARIES_C)
         h = tl.load(kept_ptr + (b * tl.cdiv(T, CHUNK) + first // CHUNK) * M * N + of_state, mask=inside, other=0.0)
@@ -178,7 +163,7 @@ def _backward_kernel(
         for i in tl.static_range(CHUNK):
             a = _decay(dts[i], A, starts_ptr, token, first + i, end, PACKED)
             h = a * h + (dts[i] * us[i])[:, None] * Bs[i]
-            hs = _push(hs, h)
+            hs = push(hs, h)
         for i in tl.static_range(CHUNK - 1, -1, -1):
             u, dt, dy = us[i], dts[i], dys[i]
             dh = dy[:, None] * Cs[i] + dstate

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rodimus_lab.ops.fast_math import sigmoid, times_sigmoid
+from rodimus_lab.ops.rows import as_rows
 from rodimus_lab.ops.tracing import opaque_operator
 
 
@@ -107,18 +108,12 @@ def _launch(
     return triton.cdiv(rows, each), each, {"BN": at_once, "BM": width, "STAGES": stages, "num_warps": warps}
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(..., M) -> (N, M) with contiguous rows, without a copy for the halves of a wider tensor."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
 @opaque_operator("gated_norm")
 def _forward(o: Tensor, x: Tensor, z: Tensor, feedthrough: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y, and 1 / root of each row's mean square."""
     y, M = o.new_empty(o.shape), o.shape[-1]
     rstd = o.new_empty(o.shape[:-1], dtype=torch.float32)
-    o, x, z, feedthrough, weight = _rows(o), _rows(x), _rows(z), feedthrough.contiguous(), weight.contiguous()
+    o, x, z, feedthrough, weight = as_rows(o), as_rows(x), as_rows(z), feedthrough.contiguous(), weight.contiguous()
     N = o.shape[0]
     programs, each, sizes = _launch(o, N, **FORWARD)
     _forward_kernel[(programs,)](
@@ -138,7 +133,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of o and z, and in float32 those of the feedthrough and the weight, one below the other."""
     do, dz, M = o.new_empty(o.shape), z.new_empty(z.shape), o.shape[-1]
-    o, x, z, dy = _rows(o), _rows(x), _rows(z), _rows(dy)
+    o, x, z, dy = as_rows(o), as_rows(x), as_rows(z), as_rows(dy)
     feedthrough, weight = feedthrough.contiguous(), weight.contiguous()
     N = o.shape[0]
     programs, each, sizes = _launch(o, N, **BACKWARD)

@@ -51,7 +51,9 @@ def short_conv(
     return run(x_BTD, weight_DW, bias_D, state_BWD, segments, silu)
 
 
-def _history(x_BTD: Tensor, kept: int, state_BWD: Tensor | None, segments: Segments | None) -> Any:
+def _history(
+    x_BTD: Tensor, kept: int, state_BWD: Tensor | None, segments: Segments | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """The last `kept` inputs before x and x, each one's document, and the state after the last."""
     length, continued = x_BTD.shape[1], state_BWD is not None
     if state_BWD is None:

@@ -15,13 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rodimus_lab.ops.rows import push
+
 # The longest stretch: backward has sums over its tokens to be added to the others'.
 LONGEST = 128
-
-
-@triton.jit
-def push(window, newest):
-    return (newest,) + window[:-1]  # noqa: RUF005 (Triton has no unpacking)
 
 
 @triton.jit
@@ -71,17 +68,16 @@ def convolve(taps, bias, xs, ids, W: tl.constexpr, PACKED: tl.constexpr):
     return conv
 
 
+def fit(tile: dict[str, int], x: Tensor) -> dict[str, int]:
+    """The tile of a 16-bit type for x: as many bytes a row, and none that is wider than x."""
+    return tile | {"BM": min(tile["BM"] * 2 // x.element_size(), max(16, triton.next_power_of_2(x.shape[-1])))}
+
+
 def steps(x: Tensor, tile: dict[str, int], programs: int) -> int:
     """L, a power of two, where stretches may be cut short for so many programs a multiprocessor."""
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     wanted = x.numel() // (tile["S"] * tile["BM"] * programs * multiprocessors)
     return min(LONGEST, max(4 * tile["U"], triton.next_power_of_2(wanted + 1) // 2))
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """(..., M) -> (rows, M) with contiguous rows, without a copy for the halves of a wider tensor."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def apart(sums: Tensor, *parameters: Tensor) -> list[Tensor]:

@@ -17,16 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from rodimus_lab.ops.fast_math import sigmoid, times_sigmoid
+from rodimus_lab.ops.rows import as_rows, push
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.short_conv.sliding import (
     apart,
-    as_rows,
     convolve,
     document_at,
+    fit,
     input_at,
     last_inputs,
     load_taps,
-    push,
     rows_of_tile,
     steps,
 )
@@ -153,10 +153,6 @@ BACKWARD_TILE = {"S": 8, "BM": 64, "U": 8, "num_warps": 4}
 PROGRAMS, BACKWARD_PROGRAMS = 16, 4
 
 
-def _fit(tile: dict[str, int], x: Tensor) -> dict[str, int]:
-    return tile | {"BM": min(tile["BM"] * 2 // x.element_size(), max(16, triton.next_power_of_2(x.shape[-1])))}
-
-
 def _given(x: Tensor, *others: Tensor | None) -> list[Tensor]:
     """The others as the kernels read them; x stands for what there is none of."""
     return [x if other is None else other.contiguous() for other in others]
@@ -173,7 +169,7 @@ def _forward(
 ) -> Tensor:
     B, T, M = x.shape
     rows, y = as_rows(x), x.new_empty(x.shape)
-    tile = _fit(FORWARD_TILE, x)
+    tile = fit(FORWARD_TILE, x)
     L = steps(x, tile, PROGRAMS)
     _forward_kernel[(triton.cdiv(M, tile["BM"]), triton.cdiv(B * triton.cdiv(T, L), tile["S"]))](
         rows, *_given(x, weight, bias, state, ids), y, B, T, M, L, rows.stride(0),
@@ -196,7 +192,7 @@ def _backward(
     """The gradient of x; those of weight and bias, one after another in float32; the state's, empty without one."""
     B, T, M = x.shape
     rows, dy, W = as_rows(x), as_rows(dy), weight.shape[1]
-    tile = _fit(BACKWARD_TILE, x)
+    tile = fit(BACKWARD_TILE, x)
     L = steps(x, tile, BACKWARD_PROGRAMS)
     groups = triton.cdiv(B * triton.cdiv(T + (0 if state is None else W - 1), L), tile["S"])
     dx, dstate = x.new_empty(x.shape), x.new_empty(0) if state is None else state.new_empty(state.shape)

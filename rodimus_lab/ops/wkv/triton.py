@@ -23,21 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rodimus_lab.ops.rows import rows_ahead
 from rodimus_lab.ops.tracing import opaque_operator
 
 BLOCK, AHEAD = 128, 8
 LOWEST = tl.constexpr(-1e30)  # An exponent of which nothing comes, whatever finite number is taken from it.
-
-
-@triton.jit
-def _ahead(ptr, start, D, T, token, channel, in_d, U: tl.constexpr, other):
-    """Rows `start` to `start` + U - 1 of one sequence, in float32, and `other` after its end."""
-    rows = (0.0,) * U
-    for back in tl.static_range(U):
-        row = start + U - 1 - back
-        x = tl.load(ptr + (token + row) * D + channel, mask=in_d & (row < T), other=other)
-        rows = (x.to(tl.float32),) + rows[:-1]  # noqa: RUF005 (Triton has no unpacking)
-    return rows
 
 
 @triton.jit
@@ -50,8 +40,8 @@ def _forward_kernel(
     bonus = tl.load(bonus_ptr + channel, mask=in_d, other=0.0)
     a, b, top = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32), tl.full([BD], LOWEST, tl.float32)
     for start in range(0, T, U):
-        ks = _ahead(k_ptr, start, D, T, token, channel, in_d, U, 0.0)
-        vs = _ahead(v_ptr, start, D, T, token, channel, in_d, U, 0.0)
+        ks = rows_ahead(k_ptr, start, T, token, D, channel, in_d, U)
+        vs = rows_ahead(v_ptr, start, T, token, D, channel, in_d, U)
         for u in tl.static_range(U):
             k, v = ks[u], vs[u]
             most = tl.maximum(top, k + bonus)
@@ -79,10 +69,10 @@ def _backward_kernel(
     a, b, top = zero, zero, tl.full([BD], LOWEST, tl.float32)
     a_by_w, b_by_w, dlog_w, dbonus = zero, zero, zero, zero
     for start in range(0, T, U):
-        ks = _ahead(k_ptr, start, D, T, token, channel, in_d, U, 0.0)
-        vs = _ahead(v_ptr, start, D, T, token, channel, in_d, U, 0.0)
-        dos = _ahead(do_ptr, start, D, T, token, channel, in_d, U, 0.0)
-        logs = _ahead(log_ptr, start, D, T, token, channel, in_d, U, 1e30)
+        ks = rows_ahead(k_ptr, start, T, token, D, channel, in_d, U)
+        vs = rows_ahead(v_ptr, start, T, token, D, channel, in_d, U)
+        dos = rows_ahead(do_ptr, start, T, token, D, channel, in_d, U)
+        logs = rows_ahead(log_ptr, start, T, token, D, channel, in_d, U, other=1e30)
         for u in tl.static_range(U):
             k, v, do = ks[u], vs[u], dos[u]
             past, own = tl.exp(top - logs[u]), tl.exp(k + bonus - logs[u])
@@ -101,11 +91,11 @@ def _backward_kernel(
     blocks = tl.cdiv(T, U)
     for block in range(blocks):
         start = (blocks - 1 - block) * U
-        ks = _ahead(k_ptr, start, D, T, token, channel, in_d, U, 0.0)
-        vs = _ahead(v_ptr, start, D, T, token, channel, in_d, U, 0.0)
-        os = _ahead(o_ptr, start, D, T, token, channel, in_d, U, 0.0)
-        dos = _ahead(do_ptr, start, D, T, token, channel, in_d, U, 0.0)
-        logs = _ahead(log_ptr, start, D, T, token, channel, in_d, U, 1e30)
+        ks = rows_ahead(k_ptr, start, T, token, D, channel, in_d, U)
+        vs = rows_ahead(v_ptr, start, T, token, D, channel, in_d, U)
+        os = rows_ahead(o_ptr, start, T, token, D, channel, in_d, U)
+        dos = rows_ahead(do_ptr, start, T, token, D, channel, in_d, U)
+        logs = rows_ahead(log_ptr, start, T, token, D, channel, in_d, U, other=1e30)
         for u in tl.static_range(U - 1, -1, -1):
             k, v, o, do = ks[u], vs[u], os[u], dos[u]
             own, past = do * tl.exp(k + bonus - logs[u]), tl.exp(top + k)
