@@ -333,15 +333,15 @@ FP32 = (
 )  # fmt: skip
 GATE = {"R": 16, "BR": 16, "BM": 64, "STAGES": 2, "PRECISION": "tf32"}
 TILE = GATE | {"W": 4, "S": 16, "U": 4}
-CONV = {"W": 4, "S": 8, "BM": 64, "BIAS": True, "SILU": True}
+CONV = {"W": 4, "U": 8, "BIAS": True, "SILU": True}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in the compiler's place")
 @pytest.mark.parametrize(
     ("operator", "name", "warps", "constants"),
     [
-        ("short_conv", "_forward_kernel", 4, CONV | {"U": 8, "STATE": True, "PACKED": False}),
-        ("short_conv", "_backward_kernel", 4, CONV | {"U": 4, "STATE": False, "PACKED": True}),
+        ("short_conv", "_forward_kernel", 4, CONV | {"S": 4, "BM": 128, "STATE": True, "PACKED": False}),
+        ("short_conv", "_backward_kernel", 4, CONV | {"S": 8, "BM": 64, "STATE": False, "PACKED": True}),
         ("conv_gate", "_forward_kernel", 4, TILE | {"STATE": True, "PACKED": False}),
         ("conv_gate", "_backward_kernel", 4, TILE | {"STATE": False, "PACKED": True}),
         ("conv_gate", "_gate_kernel", 4, GATE | {"BT": 64}),
