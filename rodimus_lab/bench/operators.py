@@ -37,7 +37,7 @@ from rodimus_lab.config import did_you_mean
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.heads import HeadKind, HeadSharing
 from rodimus_lab.nn.zoo import MODELS, SIZES
-from rodimus_lab.ops import attention, conv_gate, gated_linear, gated_norm, short_conv
+from rodimus_lab.ops import attention, conv_gate, gated_linear, gated_norm, selective_scan, short_conv
 from rodimus_lab.ops.conv_gate import LowRankGate
 from rodimus_lab.registry import Registry
 from rodimus_lab.train.distributed import session
@@ -155,28 +155,62 @@ def _attention(scene: Scene, B: int, T: int, kind: str, heads: HeadSharing, K: i
 
 @CASES.register("short_conv")
 def short_conv_cases(scene: Scene) -> Iterator[Problem]:
-    B, T = scene.size(*((8, 4096) if scene.cuda else (1, 512)))
+    """With SiLU after it. Parameters in float32, as under autocast; so in the next ones."""
     D, W = (4096 if scene.cuda else 1024), 4
-    inputs = {"x": scene.draw(B, T, D), "weight": scene.draw(D, W), "bias": scene.draw(D)}
+    for batch, length in ((4, 4096), (512, 128)) if scene.cuda else ((1, 512),):
+        B, T = scene.size(batch, length)
+        inputs = {"x": scene.draw(B, T, D)}
+        inputs |= {"weight": scene.draw(D, W, dtype=torch.float32), "bias": scene.draw(D, dtype=torch.float32)}
 
-    def run(x: Tensors, backend: str) -> Tensor:
-        return short_conv(x["x"], x["weight"], x["bias"], backend=backend)[0]
+        def run(x: Tensors, backend: str) -> Tensor:
+            return short_conv(x["x"], x["weight"], x["bias"], silu=True, backend=backend)[0]
 
-    yield Problem(
-        operator="short_conv",
-        case=f"B{B} T{T} D{D} W{W}",
-        shape={"batch": B, "length": T, "channels": D, "taps": W},
-        inputs=inputs,
-        run=run,
-        definition=lambda x: run(x, "taps"),
-        output=torch.empty_like(inputs["x"], device="meta"),
-        compilable=frozenset({"taps"}),
-    )
+        yield Problem(
+            operator="short_conv",
+            case=f"B{B} T{T} D{D} W{W}",
+            shape={"batch": B, "length": T, "channels": D, "taps": W},
+            inputs=inputs,
+            run=run,
+            definition=lambda x: run(x, "taps"),
+            output=torch.empty_like(inputs["x"], device="meta"),
+            compilable=frozenset({"taps"}),
+        )
+
+
+@CASES.register("selective_scan")
+def selective_scan_cases(scene: Scene) -> Iterator[Problem]:
+    """Mamba's at the 1.3B size and at WikiText-103's."""
+    N, sizes = 16, ((4, 2048, 4096), (128, 512, 1024)) if scene.cuda else ((1, 512, 256),)
+    for batch, length, D in sizes:
+        B, T = scene.size(batch, length)
+        inputs = {
+            "u": scene.draw(B, T, D),
+            "dt": F.softplus(scene.draw(B, T, D, dtype=torch.float32) - 4),
+            "A": -torch.arange(1.0, N + 1, device=scene.device).expand(D, N).contiguous(),
+            "B": scene.draw(B, T, N),
+            "C": scene.draw(B, T, N),
+        }
+
+        def run(x: Tensors, backend: str) -> Tensor:
+            return selective_scan(x["u"], x["dt"], x["A"], x["B"], x["C"], backend=backend)[0]
+
+        columns = (LAST, slice(None), SAMPLED_COLUMNS)
+        yield Problem(
+            operator="selective_scan",
+            case=f"B{B} T{T} D{D} N{N}",
+            shape={"batch": B, "length": T, "channels": D, "state": N},
+            inputs=inputs,
+            run=run,
+            definition=lambda x: run(x, "naive"),
+            output=torch.empty_like(inputs["u"], device="meta"),
+            sample={"u": columns, "dt": columns, "A": (SAMPLED_COLUMNS,), "B": (LAST,), "C": (LAST,)},
+            sample_output=columns,
+            unmeasured={"naive": "the definition, a step at a time"} if scene.cuda else {},
+        )
 
 
 @CASES.register("conv_gate")
 def conv_gate_cases(scene: Scene) -> Iterator[Problem]:
-    """Parameters in float32, as under autocast; so in the next."""
     B, T = scene.size(*((4, 4096) if scene.cuda else (1, 512)))
     D, W, R = (4096 if scene.cuda else 1024), 4, 16
     parameters = {"weight": (D, W), "bias": (D,), "down": (R, D), "up": (D, R), "gate_bias": (D,)}

@@ -116,6 +116,19 @@ def test_fla_recurrence(dtype: torch.dtype, tolerance: float) -> None:
     assert_close(got, values_and_gradients(scan("naive"), leaves), tolerance)
 
 
+@pytest.mark.parametrize("package", ["fla", "causal_conv1d"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(FP32, 1e-4), (BF16, 1e-2)])
+def test_peers_short_convolutions(dtype: torch.dtype, tolerance: float, package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    leaves = {"x_BTD": (2, 100, 24), "weight_DW": (24, 4), "bias_D": (24,)}
+    leaves = {name: torch.randn(shape).bfloat16().double().requires_grad_() for name, shape in leaves.items()}
+    got = values_and_gradients(
+        lambda **x: short_conv(**x, silu=True, backend=package), on_cuda(leaves, dtype, ("x_BTD",))
+    )
+    assert_close(got, values_and_gradients(lambda **x: short_conv(**x, silu=True, backend="taps"), leaves), tolerance)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba-ssm is not installed")
 @pytest.mark.parametrize("T", [100, 300])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(FP32, 5e-3), (BF16, 2e-2)])

@@ -31,11 +31,11 @@ from rodimus_lab.ops.short_conv.sliding import (
     document_at,
     fit,
     input_at,
-    last_inputs,
     load_taps,
     rows_of_tile,
     steps,
 )
+from rodimus_lab.ops.short_conv.state import last_inputs
 from rodimus_lab.ops.tracing import opaque_operator
 from rodimus_lab.ops.triton_facts import dot_precision
 

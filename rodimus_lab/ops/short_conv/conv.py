@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rodimus_lab.ops.backend import Backend, choose, declare
+from rodimus_lab.ops.installed import installed
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.sequence import halo
+from rodimus_lab.ops.short_conv.state import history_of, last_inputs
 from rodimus_lab.ops.triton_facts import why_no_triton
 
 MAX_WIDTH = 8
@@ -44,39 +46,12 @@ def short_conv(
         "dtype": x_BTD.dtype,
         "length": x_BTD.shape[1],
         "width": width,
+        "channels": weight_DW.shape[0],
         "packed": segments is not None,
         "state": state_BWD is not None,
     }
     run = choose("short_conv", backend, facts).run
     return run(x_BTD, weight_DW, bias_D, state_BWD, segments, silu)
-
-
-def _history(
-    x_BTD: Tensor, kept: int, state_BWD: Tensor | None, segments: Segments | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The last `kept` inputs before x and x, each one's document, and the state after the last."""
-    length, continued = x_BTD.shape[1], state_BWD is not None
-    if state_BWD is None:
-        state_BWD = x_BTD.new_zeros(x_BTD.shape[0], kept, x_BTD.shape[2])
-    history, documents = torch.cat([state_BWD.to(x_BTD.dtype), x_BTD], dim=1), None
-    if segments is not None:
-        history, documents = _close_gap(history, segments, kept)
-    new_state = history[:, length:]
-    if documents is not None:
-        new_state = new_state * (documents[:, length:] == documents[:, -1:]).unsqueeze(-1)
-    elif continued and length > kept:
-        new_state = new_state.clone()  # A view would keep the whole history in memory as long as the state.
-    return history, documents, new_state
-
-
-def _close_gap(history: Tensor, segments: Segments, kept: int) -> tuple[Tensor, Tensor]:
-    """Move the state next to the first token of each row, over the left padding; with it, each input's document."""
-    padding_B1 = (~segments.valid_BT).sum(1, keepdim=True)
-    index = torch.arange(history.shape[1], device=history.device).expand(history.shape[:2])
-    source = torch.where(index < kept + padding_B1, index - padding_B1, index)
-    moved = history.gather(1, source.clamp(min=0).unsqueeze(-1).expand_as(history))
-    moved = moved * (source >= 0).unsqueeze(-1)
-    return moved, F.pad(segments.documents_BT, (kept, 0))
 
 
 def taps(
@@ -89,7 +64,7 @@ def taps(
 ) -> tuple[Tensor, Tensor]:
     """The definition: one shifted product a tap; a compiler fuses them into one pass."""
     width, length = weight_DW.shape[1], x_BTD.shape[1]
-    history, documents, new_state = _history(x_BTD, width - 1, state_BWD, segments)
+    history, documents, new_state = history_of(x_BTD, width - 1, state_BWD, segments)
     weight_DW = weight_DW.to(x_BTD.dtype)
     y_BTD = x_BTD.new_zeros(()) if bias_D is None else bias_D.to(x_BTD.dtype)
     for tap in range(width):
@@ -103,7 +78,7 @@ def taps(
 def _conv1d(
     x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor | None, state_BWD: Tensor | None, segments: None, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    history, _, new_state = _history(x_BTD, weight_DW.shape[1] - 1, state_BWD, segments)
+    history, _, new_state = history_of(x_BTD, weight_DW.shape[1] - 1, state_BWD, segments)
     weight_DW = weight_DW.to(x_BTD.dtype)
     bias_D = None if bias_D is None else bias_D.to(x_BTD.dtype)
     y_BTD = F.conv1d(history.mT, weight_DW.unsqueeze(1), bias_D, groups=weight_DW.shape[0]).mT
@@ -112,6 +87,48 @@ def _conv1d(
 
 def _conv1d_why_not(packed: bool, **_: Any) -> str | None:
     return "it would mix packed documents" if packed else None
+
+
+def _causal_conv1d(
+    x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor | None, state_BWD: None, segments: None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    from causal_conv1d import causal_conv1d_fn
+
+    y_BDT = causal_conv1d_fn(x_BTD.mT, weight_DW, bias_D, activation="silu" if silu else None)
+    return y_BDT.mT, last_inputs(x_BTD, weight_DW.shape[1] - 1, None, None)
+
+
+def _causal_conv1d_why_not(width: int, channels: int, **facts: Any) -> str | None:
+    if reason := _peer_why_not("causal_conv1d", "causal-conv1d", **facts):
+        return reason
+    if channels % 8:
+        return f"the {channels} channels are no multiple of 8"
+    return None if width in (2, 3, 4) else f"its widths are 2 to 4, not {width}"
+
+
+def _fla(
+    x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor | None, state_BWD: None, segments: None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    from fla.modules.convolution import causal_conv1d
+
+    y_BTD, _ = causal_conv1d(x_BTD, weight_DW, bias_D, activation="silu" if silu else None)
+    return y_BTD, last_inputs(x_BTD, weight_DW.shape[1] - 1, None, None)
+
+
+def _fla_why_not(width: int, channels: int, **facts: Any) -> str | None:
+    return _peer_why_not("fla", "flash-linear-attention", **facts)
+
+
+def _peer_why_not(
+    package: str, name: str, *, device: str, dtype: torch.dtype, packed: bool, state: bool, **_: Any
+) -> str | None:
+    if device != "cuda":
+        return f"{name}'s kernels need a CUDA device"
+    if not installed(package):
+        return f"{name} is not installed (pip install -e '.[gpu]' on a CUDA machine)"
+    if packed or state:
+        return "it is for whole sequences without a state"
+    return "it has no float64" if dtype == torch.float64 else None
 
 
 def _triton(*arguments: Any) -> Any:
@@ -135,10 +152,17 @@ def _triton_pays(length: int, width: int, **_: Any) -> bool:
     return length > 1 and width > 2
 
 
+def _never_pays(**_: Any) -> bool:
+    """By name only, to measure against."""
+    return False
+
+
 declare(
     "short_conv",
     Backend("triton", _triton, _triton_why_not, _triton_pays),
+    Backend("causal_conv1d", _causal_conv1d, _causal_conv1d_why_not, _never_pays),
+    Backend("fla", _fla, _fla_why_not, _never_pays),
     Backend("taps", taps),
     Backend("conv1d", _conv1d, _conv1d_why_not),
-    example={"dtype": torch.bfloat16, "length": 512, "width": 4, "packed": False, "state": False},
+    example={"dtype": torch.bfloat16, "length": 512, "width": 4, "channels": 1024, "packed": False, "state": False},
 )

@@ -84,19 +84,3 @@ def apart(sums: Tensor, *parameters: Tensor) -> list[Tensor]:
     """The sums, one parameter's after another's, in the parameters' shapes and types."""
     parts = sums.split([each.numel() for each in parameters])
     return [part.view(each.shape).to(each.dtype) for part, each in zip(parts, parameters, strict=True)]
-
-
-def last_inputs(x_BTM: Tensor, kept: int, state_BWM: Tensor | None, ids_BT: Tensor | None) -> Tensor:
-    """The last `kept` inputs of the last token's document, from the state where there are fewer."""
-    start = max(0, x_BTM.shape[1] - kept)
-    last = x_BTM[:, start:]
-    if ids_BT is not None:
-        own = (ids_BT[:, start:] == ids_BT[:, -1:]) & (ids_BT[:, start:] >= 0)
-        last = last * own.unsqueeze(-1)
-    if last.shape[1] < kept:
-        if state_BWM is None:
-            state_BWM = x_BTM.new_zeros(x_BTM.shape[0], kept, x_BTM.shape[2])
-        last = torch.cat([state_BWM[:, last.shape[1] :].to(x_BTM.dtype), last], dim=1)
-    elif state_BWM is not None:
-        last = last.clone()  # A view would keep all of x in memory as long as the state.
-    return last
