@@ -82,7 +82,7 @@ class Block(nn.Module):
         self, x_BTD: Tensor, state: tuple[State, ...] | None = None, segments: Segments | None = None
     ) -> tuple[Tensor, tuple[State, ...] | None]:
         if self.recompute and state is None and torch.is_grad_enabled():
-            return recomputed(self._forward, x_BTD, None, segments)
+            return recomputed(self._forward, x_BTD, None, segments, draws=self.dropout.p > 0)
         return self._forward(x_BTD, state, segments)
 
     def _forward(

@@ -29,7 +29,11 @@ def _policy(_context: Any, op: Any, *_arguments: Any, **_options: Any) -> Checkp
     return CheckpointPolicy.MUST_SAVE if op.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, of whose intermediate results only those of `KEPT` are kept."""
+def recomputed(function: Callable[..., Any], *arguments: Any, draws: bool = False) -> Any:
+    """`function(*arguments)`, of whose intermediate results only those of `KEPT` are kept.
+
+    A function that `draws` random numbers draws the same ones again. Their state is read for that, which a GPU refuses
+    while a CUDA graph is captured.
+    """
     contexts = partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(function, *arguments, use_reentrant=False, context_fn=contexts)
+    return checkpoint(function, *arguments, use_reentrant=False, context_fn=contexts, preserve_rng_state=draws)

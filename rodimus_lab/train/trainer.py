@@ -47,10 +47,11 @@ class TrainOptions:
     `device`: cpu or cuda, by default cuda where there is one. `micro_batch_size`: rows at a time on a rank, by default
     as many as suit the device. `compile`: by default on CUDA only, and not where sequences are split. `capture`:
     micro-batches as CUDA graphs, by default for one process with CUDA. `recompute` saves memory for some time
-    (`nn/recompute.py`). `checkpoint_every` steps, the newest `keep_last` are kept; with `async_save` training goes on
-    while they are written. With several ranks, `replicas` groups of them each hold the whole model, and each
-    `sequence_parallel` of them share their sequences. `stop_at_step` and `max_seconds` end a session early, with a
-    checkpoint. `resume=False` starts an unfinished run afresh.
+    (`nn/recompute.py`); where dropout is drawn again for it, nothing is captured. `checkpoint_every` steps, the newest
+    `keep_last` are kept; with `async_save` training goes on while they are written. With several ranks, `replicas`
+    groups of them each hold the whole model, and each `sequence_parallel` of them share their sequences.
+    `stop_at_step` and `max_seconds` end a session early, with a checkpoint. `resume=False` starts an unfinished run
+    afresh.
     """
 
     device: str | None = None
@@ -165,7 +166,8 @@ class Trainer:
         self.moments = moments(self.model, self.optimizer)
         self.state = TrainState()
         self.window = torch.zeros(2, dtype=torch.float64, device=device)
-        capture = on_cuda and world.size == 1 and options.capture is not False
+        redrawn = options.recompute and recipe.model.dropout > 0  # See `nn/recompute.py`.
+        capture = on_cuda and world.size == 1 and options.capture is not False and not redrawn
         self.stepper = Stepper(
             self.model,
             self.optimizer,

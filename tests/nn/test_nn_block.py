@@ -112,6 +112,30 @@ def test_recomputing_changes_no_gradient(compiled: bool) -> None:
         assert fewer < 0.8 * bytes_kept
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_recomputing_draws_again_what_was_drawn_and_else_leaves_the_random_state_alone(
+    dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No such state may be read while a CUDA graph is captured."""
+    block: Any = Block(BlockConfig(hops=((RODIMUS,), (FEED_FORWARD,))), D, dropout).double()
+    block.init_weights(Initializer(std=0.3))
+    x, read = torch.randn(2, 7, D, dtype=torch.float64), []
+    state_of = torch.get_rng_state
+
+    def gradients(recompute: bool) -> list[Tensor]:
+        block.recompute = recompute
+        torch.manual_seed(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "get_rng_state", lambda: read.append(recompute) or state_of())
+            y, _ = block(x)
+            torch.rand(3)  # As the blocks after this one may.
+            return list(torch.autograd.grad(y.square().sum(), block.parameters()))
+
+    for a, b in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(a, b)
+    assert bool(read) == (dropout > 0)
+
+
 def test_states_stand_in_the_order_of_the_sublayers() -> None:
     block: Any = built((RODIMUS,), (ATTENTION, FEED_FORWARD))
     state = block.init_state(2, context=9, dtype=torch.float64)

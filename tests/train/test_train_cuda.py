@@ -38,8 +38,8 @@ def test_cuda_resumes_with_its_random_state(tmp_path):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("rows", [512, 128])
-def test_captured_micro_batches_train_as_eager_ones(tmp_path, rows):
+@pytest.mark.parametrize(("rows", "recompute"), [(512, False), (128, False), (128, True)])
+def test_captured_micro_batches_train_as_eager_ones(tmp_path, rows, recompute):
     """One micro-batch a step and several; the first steps of both are eager."""
     recipe = tiny_recipe(12, dropout=0.0)
     for folder, capture in (("eager", False), ("captured", True)):
@@ -47,11 +47,19 @@ def test_captured_micro_batches_train_as_eager_ones(tmp_path, rows):
             "device": "cuda",
             "compile": False,
             "capture": capture,
+            "recompute": recompute,
             "micro_batch_size": max(1, BATCH * rows // 512),
         }
         train(recipe, options(tmp_path / folder, **settings), open_feed=memory_feed)
     for a, b in zip(metrics(tmp_path / "eager", recipe), metrics(tmp_path / "captured", recipe), strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+
+
+def test_dropout_that_is_drawn_again_is_not_captured(tmp_path):
+    recipe = tiny_recipe(4, dropout=0.2)
+    settings = {"device": "cuda", "compile": False, "recompute": True}
+    train(recipe, options(tmp_path, **settings), open_feed=memory_feed)
+    assert len([line for line in metrics(tmp_path, recipe) if "loss" in line]) == 4
 
 
 def test_a_run_that_blows_up_between_two_checks(tmp_path):
