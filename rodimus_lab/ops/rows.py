@@ -19,12 +19,14 @@ def push(window, newest):
 
 
 @triton.jit
-def rows_ahead(ptr, first, end, token, M, channel, in_m, U: tl.constexpr, other=0.0):
+def rows_ahead(ptr, first, end, token, M, channel, in_m, U: tl.constexpr, EVEN: tl.constexpr = False, other=0.0):
     """Rows `first` to `first` + U - 1 of the sequence that begins at row `token` of (rows, M), in float32; `other` from
-    `end` on."""
-    rows = (0.0,) * U
+    `end` on, which with EVEN is none of them."""
+    rows, at = (0.0,) * U, ptr + ((token + first) * M + channel)
     for back in tl.static_range(U):
-        t = first + U - 1 - back
-        row = tl.load(ptr + (token + t) * M + channel, mask=in_m & (t < end), other=other)
-        rows = push(rows, row.to(tl.float32))
+        u = U - 1 - back
+        inside = in_m
+        if not EVEN:
+            inside = in_m & (first + u < end)
+        rows = push(rows, tl.load(at + u * M, mask=inside, other=other).to(tl.float32))
     return rows

@@ -101,9 +101,10 @@ def test_the_diagonal_scan(length: int, kind: str) -> None:
 
 @runs_kernels
 @pytest.mark.parametrize("kind", ["", "packed", "padded"])
-@pytest.mark.parametrize("length", [1, 21])
-def test_the_selective_scan(length: int, kind: str) -> None:
-    check(selective_scan, selective(2, length, 37, 16), kind=kind)
+@pytest.mark.parametrize(("length", "channels"), [(1, 37), (21, 37), (24, 32), (128, 16)])
+def test_the_selective_scan(length: int, channels: int, kind: str) -> None:
+    """With tokens, channels and states left over, and without."""
+    check(selective_scan, selective(2, length, channels, 16, gate=2 / length), kind=kind)
 
 
 @runs_kernels
@@ -173,7 +174,8 @@ def test_what_it_cannot_do_is_said() -> None:
         selective_scan(**{name: x.to(DEVICE) for name, x in selective(1, 2, 3, 65).items()}, backend="triton")
 
 
-BLOCKS = {"BM": 16, "BN": 16, "CHUNK": 8, "VARIES_B": True, "VARIES_C": True, "PACKED": True, "KEEP": True}
+BLOCKS = {"M": 1000, "N": 15, "BM": 16, "BN": 16, "CHUNK": 8, "EVEN": False}
+BLOCKS |= {"VARIES_B": True, "VARIES_C": True, "PACKED": True, "KEEP": True}
 NARROW = {"x_ptr", "h_ptr", "h_out", "dh_ptr", "dx_out", "u_ptr", "y_out", "dy_ptr", "du_out", "B_ptr", "C_ptr"}
 
 
@@ -189,6 +191,7 @@ NARROW = {"x_ptr", "h_ptr", "h_out", "dh_ptr", "dx_out", "u_ptr", "y_out", "dy_p
         ("selective_triton", "_forward_kernel", BLOCKS | {"KEEP": False, "VARIES_B": False, "PACKED": False}),
         ("selective_triton", "_reverse_kernel", BLOCKS),
         ("selective_triton", "_backward_kernel", BLOCKS),
+        ("selective_triton", "_backward_kernel", BLOCKS | {"M": 1024, "N": 16, "EVEN": True}),
         ("selective_triton", "_backward_kernel", BLOCKS | {"VARIES_B": False, "VARIES_C": False}),
     ],
 )

@@ -30,20 +30,29 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
+def _places(M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """This program's channels and all states, and which of them there are: known to the compiler where all are."""
+    channel, state = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BN)
+    in_M, in_N = channel < M, state < N
+    if M % BM == 0:
+        in_M = tl.full([BM], True, tl.int1)
+    if N == BN:
+        in_N = tl.full([BN], True, tl.int1)
+    return channel, state, in_M, in_N
+
+
+@triton.jit
 def _per_state(
-    z_ptr, first, end, token, N, channel, state, inside, CHUNK: tl.constexpr, VARIES: tl.constexpr
+    z_ptr, first, end, token, channel, state, in_M, in_N, N: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr,
+    VARIES: tl.constexpr,
 ):  # fmt: skip
     """B or C for the tokens of a chunk: a row for all channels where it varies in time, else (M, N)."""
-    rows = (0.0,) * CHUNK
     if VARIES:
-        for back in tl.static_range(CHUNK):
-            t = first + CHUNK - 1 - back
-            row = tl.load(z_ptr + (token + t) * N + state, mask=(state < N) & (t < end), other=0.0)
-            rows = push(rows, row.to(tl.float32)[None, :])
+        return rows_ahead(z_ptr, first, end, token, N, state[None, :], in_N[None, :], CHUNK, EVEN)
     else:
-        at = channel[:, None] * N + state[None, :]
-        rows = (tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32),) * CHUNK
-    return rows
+        inside = in_M[:, None] & in_N[None, :]
+        z = tl.load(z_ptr + (channel[:, None] * N + state[None, :]), mask=inside, other=0.0)
+        return (z.to(tl.float32),) * CHUNK
 
 
 @triton.jit
@@ -57,17 +66,17 @@ def _decay(dt, A, starts_ptr, token, t, end, PACKED: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, starts_ptr, start_ptr, y_out, kept_out, end_out, decay_out, T, M, N, LENGTH,
-    BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, VARIES_B: tl.constexpr, VARIES_C: tl.constexpr,
-    PACKED: tl.constexpr, KEEP: tl.constexpr,
+    u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, starts_ptr, start_ptr, y_out, kept_out, end_out, decay_out, T, LENGTH,
+    M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr,
+    VARIES_B: tl.constexpr, VARIES_C: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """y over one stretch, the states entering its chunks, and its last. Without `KEEP`: from zero, the last state and
     the whole decay."""
     stretch, stretches = tl.program_id(2), tl.num_programs(2)
     b = tl.program_id(1).to(tl.int64)
     token = b * T
-    channel, state = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BN)
-    in_M, inside = channel < M, (channel < M)[:, None] & (state < N)[None, :]
+    channel, state, in_M, in_N = _places(M, N, BM, BN)
+    inside = in_M[:, None] & in_N[None, :]
     of_state = channel[:, None] * N + state[None, :]
     edge = (b * stretches + stretch) * M * N + of_state
     A = tl.load(A_ptr + of_state, mask=inside, other=0.0) * LOG2_E
@@ -77,21 +86,23 @@ def _forward_kernel(
         h = tl.load(start_ptr + edge, mask=inside, other=0.0)
     end = tl.minimum(stretch * LENGTH + LENGTH, T)
     for first in range(stretch * LENGTH, end, CHUNK):
-        us = rows_ahead(u_ptr, first, end, token, M, channel, in_M, CHUNK)
-        dts = rows_ahead(dt_ptr, first, end, token, M, channel, in_M, CHUNK)
-        Bs = _per_state(B_ptr, first, end, token, N, channel, state, inside, CHUNK, VARIES_B)
+        us = rows_ahead(u_ptr, first, end, token, M, channel, in_M, CHUNK, EVEN)
+        dts = rows_ahead(dt_ptr, first, end, token, M, channel, in_M, CHUNK, EVEN)
+        Bs = _per_state(B_ptr, first, end, token, channel, state, in_M, in_N, N, CHUNK, EVEN, VARIES_B)
         Cs = Bs
+        y_at = y_out + ((token + first) * M + channel)
         if KEEP:
-            Cs = _per_state(C_ptr, first, end, token, N, channel, state, inside, CHUNK, VARIES_C)
+            Cs = _per_state(C_ptr, first, end, token, channel, state, in_M, in_N, N, CHUNK, EVEN, VARIES_C)
             kept = (b * tl.cdiv(T, CHUNK) + first // CHUNK) * M * N
             tl.store(kept_out + kept + of_state, h, mask=inside)
         for i in tl.static_range(CHUNK):
             a = _decay(dts[i], A, starts_ptr, token, first + i, end, PACKED)
             h = a * h + (dts[i] * us[i])[:, None] * Bs[i]
             if KEEP:
-                y = tl.sum(h * Cs[i], 1)
-                at = (token + first + i) * M + channel
-                tl.store(y_out + at, y.to(y_out.dtype.element_ty), mask=in_M & (first + i < end))
+                in_tile = in_M
+                if not EVEN:
+                    in_tile = in_M & (first + i < end)
+                tl.store(y_at + i * M, tl.sum(h * Cs[i], 1).to(y_out.dtype.element_ty), mask=in_tile)
             else:
                 whole *= a
     tl.store(end_out + edge, h, mask=inside)
@@ -101,15 +112,16 @@ def _forward_kernel(
 
 @triton.jit
 def _reverse_kernel(
-    dt_ptr, A_ptr, C_ptr, starts_ptr, dy_ptr, end_out, decay_out, T, M, N, LENGTH,
-    BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, VARIES_C: tl.constexpr, PACKED: tl.constexpr,
+    dt_ptr, A_ptr, C_ptr, starts_ptr, dy_ptr, end_out, decay_out, T, LENGTH,
+    M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr,
+    VARIES_C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One stretch from its end to its start, from zero: the gradient of the state before it, and the whole decay."""
     stretch, stretches = tl.program_id(2), tl.num_programs(2)
     b = tl.program_id(1).to(tl.int64)
     token = b * T
-    channel, state = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BN)
-    in_M, inside = channel < M, (channel < M)[:, None] & (state < N)[None, :]
+    channel, state, in_M, in_N = _places(M, N, BM, BN)
+    inside = in_M[:, None] & in_N[None, :]
     of_state = channel[:, None] * N + state[None, :]
     A = tl.load(A_ptr + of_state, mask=inside, other=0.0) * LOG2_E
     dstate = tl.zeros([BM, BN], tl.float32)
@@ -118,9 +130,9 @@ def _reverse_kernel(
     chunks = tl.cdiv(end - begin, CHUNK)
     for back in range(chunks):
         first = begin + (chunks - 1 - back) * CHUNK
-        dts = rows_ahead(dt_ptr, first, end, token, M, channel, in_M, CHUNK)
-        dys = rows_ahead(dy_ptr, first, end, token, M, channel, in_M, CHUNK)
-        Cs = _per_state(C_ptr, first, end, token, N, channel, state, inside, CHUNK, VARIES_C)
+        dts = rows_ahead(dt_ptr, first, end, token, M, channel, in_M, CHUNK, EVEN)
+        dys = rows_ahead(dy_ptr, first, end, token, M, channel, in_M, CHUNK, EVEN)
+        Cs = _per_state(C_ptr, first, end, token, channel, state, in_M, in_N, N, CHUNK, EVEN, VARIES_C)
         for i in tl.static_range(CHUNK - 1, -1, -1):
             a = _decay(dts[i], A, starts_ptr, token, first + i, end, PACKED)
             dstate = a * (dys[i][:, None] * Cs[i] + dstate)
@@ -133,17 +145,17 @@ def _reverse_kernel(
 @triton.jit
 def _backward_kernel(
     u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, starts_ptr, kept_ptr, dy_ptr, dstart_ptr,
-    du_out, ddt_out, dA_out, dB_out, dC_out, dend_out, T, M, N, LENGTH,
-    BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, VARIES_B: tl.constexpr, VARIES_C: tl.constexpr,
-    PACKED: tl.constexpr,
+    du_out, ddt_out, dA_out, dB_out, dC_out, dend_out, T, LENGTH,
+    M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr,
+    VARIES_B: tl.constexpr, VARIES_C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One stretch from its end to its start. dB and dC are (B, T, P, N), or like dA (B, S, M, N)."""
-    block, blocks = tl.program_id(0), tl.num_programs(0)
+    BLOCKS: tl.constexpr = (M + BM - 1) // BM
     stretch, stretches = tl.program_id(2), tl.num_programs(2)
     b = tl.program_id(1).to(tl.int64)
     token = b * T
-    channel, state = block * BM + tl.arange(0, BM), tl.arange(0, BN)
-    in_M, inside = channel < M, (channel < M)[:, None] & (state < N)[None, :]
+    channel, state, in_M, in_N = _places(M, N, BM, BN)
+    inside = in_M[:, None] & in_N[None, :]
     of_state = channel[:, None] * N + state[None, :]
     edge = (b * stretches + stretch) * M * N + of_state
     A = tl.load(A_ptr + of_state, mask=inside, other=0.0) * LOG2_E
@@ -153,17 +165,18 @@ def _backward_kernel(
     chunks = tl.cdiv(end - begin, CHUNK)
     for back in range(chunks):
         first = begin + (chunks - 1 - back) * CHUNK
-        us = rows_ahead(u_ptr, first, end, token, M, channel, in_M, CHUNK)
-        dts = rows_ahead(dt_ptr, first, end, token, M, channel, in_M, CHUNK)
-        dys = rows_ahead(dy_ptr, first, end, token, M, channel, in_M, CHUNK)
-        Bs = _per_state(B_ptr, first, end, token, N, channel, state, inside, CHUNK, VARIES_B)
-        Cs = _per_state(C_ptr, first, end, token, N, channel, state, inside, CHUNK, VARIES_C)
+        us = rows_ahead(u_ptr, first, end, token, M, channel, in_M, CHUNK, EVEN)
+        dts = rows_ahead(dt_ptr, first, end, token, M, channel, in_M, CHUNK, EVEN)
+        dys = rows_ahead(dy_ptr, first, end, token, M, channel, in_M, CHUNK, EVEN)
+        Bs = _per_state(B_ptr, first, end, token, channel, state, in_M, in_N, N, CHUNK, EVEN, VARIES_B)
+        Cs = _per_state(C_ptr, first, end, token, channel, state, in_M, in_N, N, CHUNK, EVEN, VARIES_C)
         h = tl.load(kept_ptr + (b * tl.cdiv(T, CHUNK) + first // CHUNK) * M * N + of_state, mask=inside, other=0.0)
         hs = (h,) * (CHUNK + 1)  # In the end the latest first: token i finds hs[CHUNK - i] and leaves the one before.
         for i in tl.static_range(CHUNK):
             a = _decay(dts[i], A, starts_ptr, token, first + i, end, PACKED)
             h = a * h + (dts[i] * us[i])[:, None] * Bs[i]
             hs = push(hs, h)
+        at, part = (token + first) * M + channel, ((token + first) * BLOCKS + tl.program_id(0)) * N + state
         for i in tl.static_range(CHUNK - 1, -1, -1):
             u, dt, dy = us[i], dts[i], dys[i]
             dh = dy[:, None] * Cs[i] + dstate
@@ -171,18 +184,19 @@ def _backward_kernel(
             e = dstate * hs[CHUNK - i]
             dA += dt[:, None] * e
             w = tl.sum(dh * Bs[i], 1)
-            at, in_tile = (token + first + i) * M + channel, in_M & (first + i < end)
-            tl.store(du_out + at, (w * dt).to(du_out.dtype.element_ty), mask=in_tile)
-            tl.store(ddt_out + at, tl.sum(e * A, 1) / LOG2_E + w * u, mask=in_tile)
+            in_tile, in_part = in_M, in_N
+            if not EVEN:
+                in_tile, in_part = in_M & (first + i < end), in_N & (first + i < end)
+            tl.store(du_out + at + i * M, (w * dt).to(du_out.dtype.element_ty), mask=in_tile)
+            tl.store(ddt_out + at + i * M, tl.sum(e * A, 1) / LOG2_E + w * u, mask=in_tile)
             dB_t = (dt * u)[:, None] * dh
             dC_t = dy[:, None] * hs[CHUNK - 1 - i]
-            part, in_part = ((token + first + i) * blocks + block) * N + state, (state < N) & (first + i < end)
             if VARIES_B:
-                tl.store(dB_out + part, tl.sum(dB_t, 0), mask=in_part)
+                tl.store(dB_out + part + i * BLOCKS * N, tl.sum(dB_t, 0), mask=in_part)
             else:
                 dB += dB_t
             if VARIES_C:
-                tl.store(dC_out + part, tl.sum(dC_t, 0), mask=in_part)
+                tl.store(dC_out + part + i * BLOCKS * N, tl.sum(dC_t, 0), mask=in_part)
             else:
                 dC += dC_t
     tl.store(dA_out + edge, dA, mask=inside)
@@ -213,7 +227,7 @@ def _plan(u: Tensor, A: Tensor) -> _Plan:
     BM = min(max(1, STATES // BN), triton.next_power_of_2(channels))
     blocks = triton.cdiv(channels, BM)
     stretches, tokens = split(length, blocks * batch, CHUNK, on_gpu=u.is_cuda)
-    numbers = {"T": length, "M": channels, "N": expansion, "LENGTH": tokens}
+    numbers = {"T": length, "LENGTH": tokens, "M": channels, "N": expansion, "EVEN": length % CHUNK == 0}
     return _Plan((blocks, batch, stretches), BM, BN, numbers)
 
 
