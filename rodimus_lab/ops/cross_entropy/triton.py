@@ -52,7 +52,7 @@ def _cross_entropy_kernel(
         total = tl.where(x > largest, total * smaller + 1.0, total + smaller)
         largest = tl.maximum(largest, x)
     top = tl.max(largest, 0)
-    log_sum = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
+    log_sum = top + tl.log(tl.sum(total * fast_exp(largest - top), 0))
     chosen = tl.load(logits_ptr + target, mask=counted, other=0.0).to(tl.float32)
     if BIAS:
         chosen += tl.load(bias_ptr + target, mask=counted, other=0.0)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rodimus_lab.ops.diagonal_scan.stretches import chain, split
+from rodimus_lab.ops.fast_math import fast_exp
 from rodimus_lab.ops.tracing import opaque_operator
 
 BLOCK = 128
@@ -36,14 +37,14 @@ def _walk_kernel(
     for t in range(stretch * LENGTH, tl.minimum(stretch * LENGTH + LENGTH, T)):
         at = (b * T + t) * X + channel
         log_a = tl.load(log_a_ptr + at, mask=inside, other=0.0)
-        state = tl.exp(log_a) * state + tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        state = fast_exp(log_a) * state + tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if KEEP:
             tl.store(h_out + at, state.to(h_out.dtype.element_ty), mask=inside)
         else:
             total += log_a
     tl.store(end_out + edge, state, mask=inside)
     if not KEEP:
-        tl.store(decay_out + edge, tl.exp(total), mask=inside)
+        tl.store(decay_out + edge, fast_exp(total), mask=inside)
 
 
 @triton.jit
@@ -67,7 +68,7 @@ def _backward_kernel(
         at = (b * T + t) * X + channel
         log_a = tl.load(log_a_ptr + at, mask=inside, other=0.0)
         dx = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32) + dstate
-        dstate = tl.exp(log_a) * dx
+        dstate = fast_exp(log_a) * dx
         if KEEP:
             before = tl.load(h_ptr + at - X, mask=inside & (t > 0), other=0.0).to(tl.float32)
             before += tl.load(state_ptr + b * X + channel, mask=inside & (t == 0), other=0.0)
@@ -77,7 +78,7 @@ def _backward_kernel(
             total += log_a
     tl.store(end_out + edge, dstate, mask=inside)
     if not KEEP:
-        tl.store(decay_out + edge, tl.exp(total), mask=inside)
+        tl.store(decay_out + edge, fast_exp(total), mask=inside)
 
 
 def _grid(x_BTX: Tensor) -> tuple[tuple[int, int, int], int]:

@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rodimus_lab.ops.fast_math import fast_exp
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.tracing import opaque_operator
 from rodimus_lab.ops.triton_facts import dot_precision
@@ -82,7 +83,7 @@ def _across(a, sum_ptr, row, col, half_bits, BK: tl.constexpr):
     border = (row >> (half_bits + 1) << (half_bits + 1)) + (1 << half_bits) - 1
     later = ((row >> half_bits) & 1 == 1)[:, None]
     pair = (((row[:, None] ^ row[None, :]) >> half_bits) == 1) & later
-    return tl.exp(-tl.abs(a - _at(sum_ptr, border, col, BK))), later, pair
+    return fast_exp(-tl.abs(a - _at(sum_ptr, border, col, BK))), later, pair
 
 
 @triton.jit
@@ -119,9 +120,9 @@ def _prepare_kernel(
         tl.store(sum_out + chunk * C * BK + narrow, a)
         tl.debug_barrier()  # What follows reads rows of a that other threads have written.
         end = tl.load(sum_out + chunk * C * BK + (C - 1) * BK + col)
-        seen = q * tl.exp(a)
-        kept = k * tl.exp(tl.minimum(end[None, :] - a, 0.0))
-        decay = tl.exp(end)
+        seen = q * fast_exp(a)
+        kept = k * fast_exp(tl.minimum(end[None, :] - a, 0.0))
+        decay = fast_exp(end)
         if PACKED:
             seen = tl.where((document == before)[:, None], seen, 0.0)
             kept = tl.where((document == last)[:, None], kept, 0.0)
@@ -132,7 +133,7 @@ def _prepare_kernel(
         score += tl.where(diagonal, tl.sum(q * k, 1)[:, None], 0.0)
         bits = _group_bits(a, sum_out + chunk * C * BK, row, col, BK, LEVELS)
         rise, pair = _within(a, sum_out + chunk * C * BK, row, col, bits, BK)
-        queries, keys = (q * tl.exp(rise)).to(DOT), (k * tl.exp(-rise)).to(DOT)
+        queries, keys = (q * fast_exp(rise)).to(DOT), (k * fast_exp(-rise)).to(DOT)
         score += tl.where(pair, tl.dot(queries, tl.trans(keys), input_precision=PRECISION), 0.0)
         for half_bits in range(bits, LEVELS):
             decay_to, later, pair = _across(a, sum_out + chunk * C * BK, row, col, half_bits, BK)
@@ -318,7 +319,7 @@ def _narrow_backward_kernel(
         pair = pair & (document[:, None] == document[None, :])
     # For the gate the products are taken with q and k as they were rounded to DOT: what q_t dq_t and k_s dk_s owe to
     # one pair is then the same, and cancels wherever it has to.
-    rise, fall, dscore = tl.exp(rise), tl.exp(-rise), tl.load(dscore_at, mask=pair, other=0.0).to(DOT)
+    rise, fall, dscore = fast_exp(rise), fast_exp(-rise), tl.load(dscore_at, mask=pair, other=0.0).to(DOT)
     queries, keys = (q * rise).to(DOT), (k * fall).to(DOT)
     dq = tl.dot(dscore, keys, input_precision=PRECISION)
     dk = tl.dot(tl.trans(dscore), queries, input_precision=PRECISION)
@@ -338,9 +339,9 @@ def _narrow_backward_kernel(
 
     end = tl.load(sum_ptr + chunk * C * BK + (C - 1) * BK + col)
     own = tl.load(dscore_ptr + chunk * C * C + row * (C + 1))[:, None]
-    seen = tl.load(dq_ptr + chunk * C * BK + narrow) * tl.exp(a)
-    kept = tl.load(dk_ptr + chunk * C * BK + narrow) * tl.exp(tl.minimum(end[None, :] - a, 0.0))
-    ddecay = tl.load(ddecay_ptr + chunk * BK + col) * tl.exp(end)
+    seen = tl.load(dq_ptr + chunk * C * BK + narrow) * fast_exp(a)
+    kept = tl.load(dk_ptr + chunk * C * BK + narrow) * fast_exp(tl.minimum(end[None, :] - a, 0.0))
+    ddecay = tl.load(ddecay_ptr + chunk * BK + col) * fast_exp(end)
     if PACKED:
         seen = tl.where((document == before)[:, None], seen, 0.0)
         kept = tl.where((document == last)[:, None], kept, 0.0)

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rodimus_lab.ops.fast_math import fast_exp
 from rodimus_lab.ops.rows import rows_ahead
 from rodimus_lab.ops.tracing import opaque_operator
 
@@ -45,13 +46,13 @@ def _forward_kernel(
         for u in tl.static_range(U):
             k, v = ks[u], vs[u]
             most = tl.maximum(top, k + bonus)
-            past, own = tl.exp(top - most), tl.exp(k + bonus - most)
+            past, own = fast_exp(top - most), fast_exp(k + bonus - most)
             total = past * b + own
             at, inside = (token + start + u) * D + channel, in_d & (start + u < T)
             tl.store(o_out + at, (past * a + own * v) / total, mask=inside)
             tl.store(log_out + at, most + tl.log(total), mask=inside)
             new_top = tl.maximum(top + log_w, k)
-            kept, new = tl.exp(top + log_w - new_top), tl.exp(k - new_top)
+            kept, new = fast_exp(top + log_w - new_top), fast_exp(k - new_top)
             a, b, top = kept * a + new * v, kept * b + new, new_top
 
 
@@ -75,12 +76,12 @@ def _backward_kernel(
         logs = rows_ahead(log_ptr, start, T, token, D, channel, in_d, U, other=1e30)
         for u in tl.static_range(U):
             k, v, do = ks[u], vs[u], dos[u]
-            past, own = tl.exp(top - logs[u]), tl.exp(k + bonus - logs[u])
+            past, own = fast_exp(top - logs[u]), fast_exp(k + bonus - logs[u])
             o = past * a + own * v
             dlog_w += do * (a_by_w - o * b_by_w) * past
             dbonus += do * (v - o) * own
             new_top = tl.maximum(top + log_w, k)
-            kept, new = tl.exp(top + log_w - new_top), tl.exp(k - new_top)
+            kept, new = fast_exp(top + log_w - new_top), fast_exp(k - new_top)
             a_by_w, b_by_w = kept * (a_by_w + a), kept * (b_by_w + b)
             a, b, top = kept * a + new * v, kept * b + new, new_top
     sums_at = sums_out + tl.program_id(1).to(tl.int64) * 2 * D + channel
@@ -98,13 +99,13 @@ def _backward_kernel(
         logs = rows_ahead(log_ptr, start, T, token, D, channel, in_d, U, other=1e30)
         for u in tl.static_range(U - 1, -1, -1):
             k, v, o, do = ks[u], vs[u], os[u], dos[u]
-            own, past = do * tl.exp(k + bonus - logs[u]), tl.exp(top + k)
+            own, past = do * fast_exp(k + bonus - logs[u]), fast_exp(top + k)
             at, inside = (token + start + u) * D + channel, in_d & (start + u < T)
             tl.store(dv_out + at, (own + past * da).to(dv_out.dtype.element_ty), mask=inside)
             dk = own * (v - o) + past * (da * v + db)
             tl.store(dk_out + at, dk.to(dk_out.dtype.element_ty), mask=inside)
             new_top = tl.maximum(top + log_w, -logs[u])
-            kept, new = tl.exp(top + log_w - new_top), tl.exp(-logs[u] - new_top) * do
+            kept, new = fast_exp(top + log_w - new_top), fast_exp(-logs[u] - new_top) * do
             da, db, top = kept * da + new, kept * db - new * o, new_top
 
 
