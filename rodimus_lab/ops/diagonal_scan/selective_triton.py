@@ -30,15 +30,20 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _places(M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """This program's channels and all states, and which of them there are: known to the compiler where all are."""
+def _places(A_ptr, T, M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """The sequence, its first token, this program's channels and all states with which of them there are (known to the
+    compiler where all are), where they stand in (M, N) and in (B, S, M, N), and A times log2(e)."""
+    b = tl.program_id(1).to(tl.int64)
     channel, state = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BN)
     in_M, in_N = channel < M, state < N
     if M % BM == 0:
         in_M = tl.full([BM], True, tl.int1)
     if N == BN:
         in_N = tl.full([BN], True, tl.int1)
-    return channel, state, in_M, in_N
+    of_state = channel[:, None] * N + state[None, :]
+    edge = (b * tl.num_programs(2) + tl.program_id(2)) * M * N + of_state
+    A = tl.load(A_ptr + of_state, mask=in_M[:, None] & in_N[None, :], other=0.0) * LOG2_E
+    return b, b * T, channel, state, in_M, in_N, of_state, edge, A
 
 
 @triton.jit
@@ -72,14 +77,9 @@ def _forward_kernel(
 ):  # fmt: skip
     """y over one stretch, the states entering its chunks, and its last. Without `KEEP`: from zero, the last state and
     the whole decay."""
-    stretch, stretches = tl.program_id(2), tl.num_programs(2)
-    b = tl.program_id(1).to(tl.int64)
-    token = b * T
-    channel, state, in_M, in_N = _places(M, N, BM, BN)
+    stretch = tl.program_id(2)
+    b, token, channel, state, in_M, in_N, of_state, edge, A = _places(A_ptr, T, M, N, BM, BN)
     inside = in_M[:, None] & in_N[None, :]
-    of_state = channel[:, None] * N + state[None, :]
-    edge = (b * stretches + stretch) * M * N + of_state
-    A = tl.load(A_ptr + of_state, mask=inside, other=0.0) * LOG2_E
     h = tl.zeros([BM, BN], tl.float32)
     whole = tl.full([BM, BN], 1.0, tl.float32)
     if KEEP:
@@ -117,13 +117,9 @@ def _reverse_kernel(
     VARIES_C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One stretch from its end to its start, from zero: the gradient of the state before it, and the whole decay."""
-    stretch, stretches = tl.program_id(2), tl.num_programs(2)
-    b = tl.program_id(1).to(tl.int64)
-    token = b * T
-    channel, state, in_M, in_N = _places(M, N, BM, BN)
+    stretch = tl.program_id(2)
+    _b, token, channel, state, in_M, in_N, _of_state, edge, A = _places(A_ptr, T, M, N, BM, BN)
     inside = in_M[:, None] & in_N[None, :]
-    of_state = channel[:, None] * N + state[None, :]
-    A = tl.load(A_ptr + of_state, mask=inside, other=0.0) * LOG2_E
     dstate = tl.zeros([BM, BN], tl.float32)
     whole = tl.full([BM, BN], 1.0, tl.float32)
     begin, end = stretch * LENGTH, tl.minimum(stretch * LENGTH + LENGTH, T)
@@ -137,7 +133,6 @@ def _reverse_kernel(
             a = _decay(dts[i], A, starts_ptr, token, first + i, end, PACKED)
             dstate = a * (dys[i][:, None] * Cs[i] + dstate)
             whole *= a
-    edge = (b * stretches + stretch) * M * N + of_state
     tl.store(end_out + edge, dstate, mask=inside)
     tl.store(decay_out + edge, whole, mask=inside)
 
@@ -151,14 +146,9 @@ def _backward_kernel(
 ):  # fmt: skip
     """One stretch from its end to its start. dB and dC are (B, T, P, N), or like dA (B, S, M, N)."""
     BLOCKS: tl.constexpr = (M + BM - 1) // BM
-    stretch, stretches = tl.program_id(2), tl.num_programs(2)
-    b = tl.program_id(1).to(tl.int64)
-    token = b * T
-    channel, state, in_M, in_N = _places(M, N, BM, BN)
+    stretch = tl.program_id(2)
+    b, token, channel, state, in_M, in_N, of_state, edge, A = _places(A_ptr, T, M, N, BM, BN)
     inside = in_M[:, None] & in_N[None, :]
-    of_state = channel[:, None] * N + state[None, :]
-    edge = (b * stretches + stretch) * M * N + of_state
-    A = tl.load(A_ptr + of_state, mask=inside, other=0.0) * LOG2_E
     dstate = tl.load(dstart_ptr + edge, mask=inside, other=0.0)
     dA, dB, dC = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
     begin, end = stretch * LENGTH, tl.minimum(stretch * LENGTH + LENGTH, T)
