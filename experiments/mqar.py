@@ -6,6 +6,8 @@ A point of a figure is the best of its learning rates; where models come closer 
 
 from __future__ import annotations
 
+import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -19,7 +21,9 @@ from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.zoo import MODELS, Size, model_config, slug
 from rodimus_lab.recipe import BudgetConfig, OptimizerConfig, Recipe, ScheduleConfig
 from rodimus_lab.records import Record, count_text, load_records
+from rodimus_lab.registry import plain_spelling
 from rodimus_lab.report import FIGURES, NOT_RUN, Axis, Cell, Column, Figure, Line, PaperResults, Table, tell_points
+from rodimus_lab.report.order import with_order
 from rodimus_lab.report.recall import EXPANSION_FIELDS, METRIC, Best, best_points, spread_over_seeds, too_close
 from rodimus_lab.scoring import Precision
 
@@ -39,6 +43,18 @@ PRECISIONS = {
     "tf32": "float32, its products in TensorFloat32",
     "bf16": "bfloat16 over float32 weights",
 }
+# Milliseconds of a step of 512 x 128 tokens on an H200, in bf16 and captured, at the least and the greatest width
+# (docs/benchmarks.md).
+STEP_MS = {
+    "rodimus": (1.68, 6.66),
+    "rodimus+": (2.45, 12.06),
+    "mamba": (3.62, 21.46),
+    "mamba2": (3.31, 13.94),
+    "rwkv4": (1.76, 9.57),
+    "rwkv6": (2.80, 15.87),
+    "transformer++": (1.28, 9.28),
+}
+TIMED_LENGTH = 128
 CLOSE = 0.03
 ENOUGH: float = MqarConfig.model_fields["enough"].default
 SEEDS = 3
@@ -51,7 +67,17 @@ def run_all(recipes: Sequence[Recipe], train_all: TrainAll) -> None:
     """Train the recipes, and then, with two seeds more, those whose points came too close to call."""
     train_all(recipes)
     asked = {recipe.id for recipe in recipes}
-    train_all(contested([record for record in load_records(experiment="mqar") if record.id in asked]))
+    found = [record for record in load_records(experiment="mqar") if record.id in asked]
+    lacking = {_but_rate(recipe.to_dict()) for recipe in recipes if recipe.id not in {record.id for record in found}}
+    train_all(
+        contested(
+            [
+                record
+                for record in found
+                if record.metrics.get(METRIC, 0.0) > ENOUGH or _but_rate(record.recipe) not in lacking
+            ]
+        )
+    )
 
 
 def contested(records: Sequence[Record]) -> list[Recipe]:
@@ -64,7 +90,35 @@ def contested(records: Sequence[Record]) -> list[Recipe]:
     return more
 
 
-@experiment("mqar", reports=("figure06", "figure01b"), run=run_all)
+def gpu_hours(recipe: Recipe) -> float | None:
+    """At most so long does the run take on an H200, by the steps that were timed there; evaluations and compilation are
+    not in it. None for models and widths that were not timed.
+
+    Between the two widths the time goes by a power of the width. A longer example or a larger state takes as much more
+    as its FLOPs are more, with the logits of the questions alone.
+    """
+    model, data, budget = plain_spelling(recipe.label), recipe.data, recipe.budget
+    width = recipe.model.d_model
+    if not isinstance(data, MqarConfig) or len(data.train) != 1 or model not in STEP_MS:
+        return None
+    (low, high), (first, last) = STEP_MS[model], (WIDTHS[0], WIDTHS[-1])
+    if not first <= width <= last or len(recipe.model.blocks) != LAYERS:
+        return None
+    timed = single(TIMED_LENGTH, PAPER_PAIRS[TIMED_LENGTH])
+    more = _work(recipe.model, data) / _work(architecture(model, timed, width), timed)
+    part = budget.batch_size * data.seq_len / (BATCHES[TIMED_LENGTH] * TIMED_LENGTH)
+    step = low * (high / low) ** (math.log(width / first) / math.log(last / first)) * more * part
+    return budget.steps * step / 3.6e6
+
+
+def _work(config: LanguageModelConfig, data: MqarConfig) -> float:
+    """Training FLOPs a token, where only the questions have logits."""
+    (shape,) = data.train
+    unasked = 1 - shape.num_pairs / shape.seq_len
+    return config.training_flops_per_token(shape.seq_len) - 6 * config.vocab_size * config.d_model * unasked
+
+
+@experiment("mqar", reports=("figure06", "figure01b"), run=run_all, hours=gpu_hours)
 def mqar(
     figure: Literal["6", "1b"] = "6",
     model: str | None = None,
@@ -83,6 +137,13 @@ def mqar(
     """
     name, _ = choose_budget(budget)
     if name == "smoke":
+        asked = {"--figure": figure if figure != "6" else None, "--length": length, "--width": width}
+        for option, value in (asked | {"--expansion": expansion}).items():
+            if value is not None:
+                raise UserError(
+                    f"the smoke budget trains one small model of its own, so {option} {value} would change nothing; "
+                    "leave it out, or add --budget short or paper"
+                )
         return [_smoke(model or "rodimus", lr=lr, seed=seed, precision=precision or "fp32")]
     models: Sequence[str] = FIGURE_6_MODELS if figure == "6" else FIGURE_1B_MODELS
     if model is not None:
@@ -174,6 +235,12 @@ def _smoke(model: str, *, lr: float | None, seed: int, precision: Precision) -> 
     )  # fmt: skip
 
 
+def _but_rate(recipe: Mapping[str, Any]) -> str:
+    """What the runs of one point have in common, in one spelling."""
+    optimizer = {name: value for name, value in recipe["optimizer"].items() if name != "lr"}
+    return json.dumps({**recipe, "optimizer": optimizer}, sort_keys=True)
+
+
 def _chosen(option: str, value: int | None, known: Sequence[int]) -> Sequence[int]:
     if value is None:
         return known
@@ -196,11 +263,19 @@ def figure06(records: Sequence[Record], paper: PaperResults) -> Table:
         (Column("Pairs"), [Cell(PAPER_PAIRS[t]) for _, t, _ in rows]),
         (Column("Width d"), [Cell(d) for _, _, d in rows]),
     ]
+    at_hand = {setting: list(points.values()) for setting, points in found.items()}
     measured = [column for budget, points in found.items() if points for column in _columns(rows, points, budget)]
     return Table.of(
         "Figure 6. Accuracy of recall (MQAR) by width",
         names + (measured or [(Column("Accuracy (%)"), [NOT_RUN] * len(rows))]),
-        ["The paper prints no numbers for this figure, and no picture of it was at hand to read points from.", _RULE],
+        [
+            "The paper prints no numbers for this figure, and no picture of it was at hand to read points from.",
+            _WORDS,
+            *_against_the_words(at_hand),
+            _RULE,
+            *_progress("6", at_hand, len(rows) * len(RATES["6"])),
+            _CONTINUE.format(figure="6"),
+        ],
     )
 
 
@@ -222,13 +297,20 @@ def figure01b(records: Sequence[Record], paper: PaperResults) -> Table:
             [Cell(None if y is None else round(100 * float(y)), source="paper") for y in quoted],
         ),
     ]
+    at_hand = {setting: list(points.values()) for setting, points in found.items()}
     measured = [column for budget, points in found.items() if points for column in _columns(rows, points, budget)]
-    return Table.of(
+    table = Table.of(
         f"Figure 1b. Accuracy of recall (MQAR) by state expansion: {LONG} tokens, {PAPER_PAIRS[LONG]} pairs, "
         f"d = {LONG_WIDTH}",
         names + (measured or [(Column("Accuracy (%)"), [NOT_RUN] * len(rows))]),
-        ["The paper's points are read by eye off the picture, to about 1 % of the axis.", _RULE],
+        [
+            "The paper's points are read by eye off the picture, to about 1 % of the axis.",
+            _RULE,
+            *_progress("1b", at_hand, len(rows) * len(RATES["1b"])),
+            _CONTINUE.format(figure="1b"),
+        ],
     )
+    return with_order(table, "Accuracy (%)", ("Model", "n"), within=("n",), quoted="Accuracy (%), read by eye")
 
 
 def _register_figure_6(seq_len: int) -> None:
@@ -274,6 +356,69 @@ _RULE = (
     "Of several learning rates the best accuracy counts; every rate stands beside it. Where models differ by less "
     f"than {CLOSE:.0%} short of 99 %, the best rate is run with three seeds. Accuracy is that of the last epoch."
 )
+_CONTINUE = (
+    "rodimus-lab mqar --figure {figure} --budget paper runs what is missing; with --dry-run it lists the runs and "
+    "their hours."
+)
+_WORDS = (
+    "Of the order the paper's text says (D.7): Rodimus and Rodimus+ achieve the highest performance, Mamba and RWKV "
+    "underperform, particularly where the width is small. Transformer++ is ours alone: the paper leaves full attention "
+    "out, as it recalls everything."
+)
+
+
+def _progress(figure: str, found: Mapping[str, Iterable[Best]], runs: int) -> list[str]:
+    """For every setting how many of a figure's runs there are; and of the one that has the most, the points that have
+    not all of their rates."""
+    rates = RATES[figure]
+    done = {
+        setting: sum(rate in point.by_rate for point in points for rate in rates) for setting, points in found.items()
+    }
+    told = []
+    for setting, points in found.items():
+        if not done[setting]:
+            continue
+        partly = [point for point in points if not set(rates) <= set(point.by_rate)]
+        partly.sort(key=lambda point: (point.seq_len, point.model, _x(figure, point) or 0))
+        some = tell_points((_named(point), _x(figure, point)) for point in partly)
+        told.append(f"{setting}: {done[setting]} of the figure's {runs} runs.")
+        if some and done[setting] == max(done.values()):
+            told[-1] += f" Not all of {len(rates)} learning rates yet, so the best may become better: {some}."
+    return told
+
+
+def _named(point: Best) -> str:
+    return f"{point.model} ({point.seq_len} tokens)"
+
+
+def _x(figure: str, point: Best) -> float | None:
+    return point.width if figure == "6" else point.expansion
+
+
+def _against_the_words(found: Mapping[str, Iterable[Best]]) -> list[str]:
+    """For every setting the recurrent models of Figure 6 beside the better of Rodimus and Rodimus+, point by point.
+    Points that a missing rate may still raise are left out."""
+    said = []
+    for setting, points in found.items():
+        at: dict[tuple[int, int], dict[str, Best]] = {}
+        for point in points:
+            if point.accuracy > ENOUGH or set(RATES["6"]) <= set(point.by_rate):
+                at.setdefault((point.seq_len, point.width), {})[point.model] = point
+        told: dict[str, list[tuple[str, float | None]]] = {"ahead": [], "behind": [], "level": []}
+        for _, models in sorted(at.items()):
+            ours = max((models[one].accuracy for one in ("rodimus", "rodimus+") if one in models), default=None)
+            for one in ("mamba", "mamba2", "rwkv4", "rwkv6"):
+                if ours is not None and one in models:
+                    gap = models[one].accuracy - ours
+                    where = "level" if abs(gap) < CLOSE else "ahead" if gap > 0 else "behind"
+                    told[where].append((_named(models[one]), models[one].width))
+        if any(told.values()):
+            words = "; ".join(f"{where}: {tell_points(points) or 'none'}" for where, points in told.items())
+            said.append(
+                f"Beside the better of Rodimus and Rodimus+ here, {setting}, level within {CLOSE:.0%} (a run ends "
+                f"above 99 %, and what passes that is not told apart): {words}."
+            )
+    return said
 
 
 def _in_6(point: Best) -> bool:
