@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -20,11 +19,12 @@ from rodimus_lab.experiment import BudgetName, TrainAll, choose_budget, experime
 from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.zoo import MODELS, Size, model_config, slug
 from rodimus_lab.recipe import BudgetConfig, OptimizerConfig, Recipe, ScheduleConfig
-from rodimus_lab.records import Record, count_text, load_records
+from rodimus_lab.records import Record, load_records
 from rodimus_lab.registry import plain_spelling
 from rodimus_lab.report import FIGURES, NOT_RUN, Axis, Cell, Column, Figure, Line, PaperResults, Table, tell_points
 from rodimus_lab.report.order import with_order
 from rodimus_lab.report.recall import EXPANSION_FIELDS, METRIC, Best, best_points, spread_over_seeds, too_close
+from rodimus_lab.report.recall_tables import beside, columns, progress
 from rodimus_lab.scoring import Precision
 
 LAYERS = 2
@@ -264,16 +264,16 @@ def figure06(records: Sequence[Record], paper: PaperResults) -> Table:
         (Column("Width d"), [Cell(d) for _, _, d in rows]),
     ]
     at_hand = {setting: list(points.values()) for setting, points in found.items()}
-    measured = [column for budget, points in found.items() if points for column in _columns(rows, points, budget)]
+    measured = [column for budget, points in found.items() if points for column in columns(rows, points, budget)]
     return Table.of(
         "Figure 6. Accuracy of recall (MQAR) by width",
         names + (measured or [(Column("Accuracy (%)"), [NOT_RUN] * len(rows))]),
         [
             "The paper prints no numbers for this figure, and no picture of it was at hand to read points from.",
             _WORDS,
-            *_against_the_words(at_hand),
+            *beside(at_hand, ("rodimus", "rodimus+"), FIGURE_6_MODELS[2:-1], RATES["6"], CLOSE, ENOUGH),
             _RULE,
-            *_progress("6", at_hand, len(rows) * len(RATES["6"])),
+            *progress(at_hand, RATES["6"], len(rows), "width"),
             _CONTINUE.format(figure="6"),
         ],
     )
@@ -298,7 +298,7 @@ def figure01b(records: Sequence[Record], paper: PaperResults) -> Table:
         ),
     ]
     at_hand = {setting: list(points.values()) for setting, points in found.items()}
-    measured = [column for budget, points in found.items() if points for column in _columns(rows, points, budget)]
+    measured = [column for budget, points in found.items() if points for column in columns(rows, points, budget)]
     table = Table.of(
         f"Figure 1b. Accuracy of recall (MQAR) by state expansion: {LONG} tokens, {PAPER_PAIRS[LONG]} pairs, "
         f"d = {LONG_WIDTH}",
@@ -306,7 +306,7 @@ def figure01b(records: Sequence[Record], paper: PaperResults) -> Table:
         [
             "The paper's points are read by eye off the picture, to about 1 % of the axis.",
             _RULE,
-            *_progress("1b", at_hand, len(rows) * len(RATES["1b"])),
+            *progress(at_hand, RATES["1b"], len(rows), "expansion"),
             _CONTINUE.format(figure="1b"),
         ],
     )
@@ -367,60 +367,6 @@ _WORDS = (
 )
 
 
-def _progress(figure: str, found: Mapping[str, Iterable[Best]], runs: int) -> list[str]:
-    """For every setting how many of a figure's runs there are; and of the one that has the most, the points that have
-    not all of their rates."""
-    rates = RATES[figure]
-    done = {
-        setting: sum(rate in point.by_rate for point in points for rate in rates) for setting, points in found.items()
-    }
-    told = []
-    for setting, points in found.items():
-        if not done[setting]:
-            continue
-        partly = [point for point in points if not set(rates) <= set(point.by_rate)]
-        partly.sort(key=lambda point: (point.seq_len, point.model, _x(figure, point) or 0))
-        some = tell_points((_named(point), _x(figure, point)) for point in partly)
-        told.append(f"{setting}: {done[setting]} of the figure's {runs} runs.")
-        if some and done[setting] == max(done.values()):
-            told[-1] += f" Not all of {len(rates)} learning rates yet, so the best may become better: {some}."
-    return told
-
-
-def _named(point: Best) -> str:
-    return f"{point.model} ({point.seq_len} tokens)"
-
-
-def _x(figure: str, point: Best) -> float | None:
-    return point.width if figure == "6" else point.expansion
-
-
-def _against_the_words(found: Mapping[str, Iterable[Best]]) -> list[str]:
-    """For every setting the recurrent models of Figure 6 beside the better of Rodimus and Rodimus+, point by point.
-    Points that a missing rate may still raise are left out."""
-    said = []
-    for setting, points in found.items():
-        at: dict[tuple[int, int], dict[str, Best]] = {}
-        for point in points:
-            if point.accuracy > ENOUGH or set(RATES["6"]) <= set(point.by_rate):
-                at.setdefault((point.seq_len, point.width), {})[point.model] = point
-        told: dict[str, list[tuple[str, float | None]]] = {"ahead": [], "behind": [], "level": []}
-        for _, models in sorted(at.items()):
-            ours = max((models[one].accuracy for one in ("rodimus", "rodimus+") if one in models), default=None)
-            for one in ("mamba", "mamba2", "rwkv4", "rwkv6"):
-                if ours is not None and one in models:
-                    gap = models[one].accuracy - ours
-                    where = "level" if abs(gap) < CLOSE else "ahead" if gap > 0 else "behind"
-                    told[where].append((_named(models[one]), models[one].width))
-        if any(told.values()):
-            words = "; ".join(f"{where}: {tell_points(points) or 'none'}" for where, points in told.items())
-            said.append(
-                f"Beside the better of Rodimus and Rodimus+ here, {setting}, level within {CLOSE:.0%} (a run ends "
-                f"above 99 %, and what passes that is not told apart): {words}."
-            )
-    return said
-
-
 def _in_6(point: Best) -> bool:
     return point.seq_len in LENGTHS and point.num_pairs == PAPER_PAIRS[point.seq_len]
 
@@ -471,47 +417,3 @@ def _figure(
     remarks += [f"not all of {len(rates)} learning rates yet: {ended}"] if ended else []
     x, y = Axis(x_label, "log2"), Axis("Accuracy", "share")
     return Figure(title, x, y, lines, missing, unfinished, remark="; ".join(remarks), command=command)
-
-
-def _columns(
-    rows: Sequence[tuple[str, int, int]], points: Mapping[Any, Best], budget: str
-) -> list[tuple[Column, list[Cell]]]:
-    """The best accuracy, its rate, and the accuracy at each rate."""
-    found = [points.get(row) for row in rows]
-    rates = sorted({rate for best in found if best for rate in best.by_rate})
-    columns = [
-        (Column("Accuracy (%)", "higher"), [_accuracy(best.runs if best else None, budget) for best in found]),
-        (
-            Column("Best rate"),
-            [Cell(f"{best.lr:g}" if best else None, missing="") for best in found],
-        ),
-    ]
-    for rate in rates:
-        cells = [_accuracy(best.by_rate.get(rate) if best else None, budget) for best in found]
-        columns.append((Column(f"at {rate:g} (%)"), cells))
-    return columns
-
-
-def _accuracy(runs: Sequence[Record] | None, budget: str) -> Cell:
-    if not runs:
-        return NOT_RUN
-    accuracies = [100 * run.metrics[METRIC] for run in runs]
-    return Cell(
-        statistics.fmean(accuracies),
-        digits=1,
-        source="measured",
-        run_id="; ".join(run.id for run in runs),
-        corpus="mqar",
-        budget=budget,
-        device="; ".join(dict.fromkeys(run.device for run in runs)),
-        note="; ".join(dict.fromkeys(map(_trained, runs))),
-        std=statistics.stdev(accuracies) if len(runs) > 1 else None,
-        count=len(runs),
-    )
-
-
-def _trained(run: Record) -> str:
-    """How far it was trained: steps differ with the length, and a run ends early where nothing is left to learn."""
-    metrics = run.metrics
-    read = f", {count_text(metrics['tokens'])} tokens" if metrics.get("tokens") else ""
-    return f"{metrics.get('steps', run.budget['steps']):,} steps, batch {run.budget['batch_size']}{read}"
