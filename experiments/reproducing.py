@@ -32,8 +32,8 @@ FIGURE_1A = (
 OF_A_RUN = {f"figure{number}": "rodimus-lab needlebench RUN" for number in (5, *range(9, 15))}
 OF_A_RUN["figure8"] = "rodimus-lab gates RUN --beside RUN-WITHOUT-TAU --text TEXT --record"
 NEEDS = {
-    "figure1b": "Small models: the host sets the pace, so FLOPs give no hours.",
-    "figure6": "Small models: the host sets the pace, so FLOPs give no hours.",
+    "figure1b": "At most: hours by the steps timed in benchmarks.md, if no run ended early.",
+    "figure6": "At most: hours by the steps timed in benchmarks.md, if no run ended early.",
     "table2": "6 N D for what the authors trained; part of their text is not public. Open models are downloaded.",
     "table10": "6 N D; the Pile, which is distributed no longer.",
     "figure5": "Scores a trained model; the training is Table 2's.",
@@ -96,20 +96,19 @@ def _row(artefact: Artefact) -> str:
     commands = ", ".join(f"`{command}`" for command in _commands(artefact))
     said = {"settings": "Settings that recipes carry.", "drawing": "Drawn from the code."}.get(artefact.sort, "")
     note = NEEDS.get(artefact.name, said)
-    by_host = artefact.name in ("figure1b", "figure6")
+    recall = {"figure1b": "1b", "figure6": "6"}.get(artefact.name)
     cells = [
         f"{artefact.label}. {artefact.title}",
         f"{spent.runs}" if spent else "",
         f"{spent.flops:.1e}" if spent else "",
-        "" if spent is None or by_host else _hours(spent.flops),
+        "" if spent is None else _told(_recall_hours(recall)) if recall else _told(spent.flops / RATE / 3600),
         commands or ("none yet" if artefact.sort == "measured" else ""),
         note,
     ]
     return f"| {' | '.join(cells)} |\n"
 
 
-def _hours(flops: float) -> str:
-    hours = flops / RATE / 3600
+def _told(hours: float) -> str:
     return f"{hours:,.1f}" if hours < 10 else f"{hours:,.0f}"
 
 
@@ -191,6 +190,12 @@ def _by_count(rows: Iterable[object], ours: Callable[..., bool]) -> Training:
     chosen = [row for row in rows if ours(row)]
     billions = [(float(str(row["params_b"])), float(str(row["tokens_b"]))) for row in chosen]  # type: ignore[index]
     return Training(len(billions), sum(6e18 * params * tokens for params, tokens in billions))
+
+
+def _recall_hours(figure: str) -> float:
+    """Of all runs of Figure 6 or 1b, to their last epoch: steps so small are far from what FLOPs alone would take."""
+    mqar = EXPERIMENTS["mqar"]
+    return sum(mqar.hours(recipe) or 0.0 for recipe in mqar.recipes(figure=figure, budget="paper"))
 
 
 def _recall(figure: str) -> Training:

@@ -196,7 +196,11 @@ def _command_of(experiment: Experiment) -> Callable[..., None]:
         combinations = [dict(zip(chosen, each, strict=True)) for each in product(*chosen.values())]
         recipes = [recipe for options in combinations for recipe in experiment.recipes(**options)]
         if dry_run:
-            show_plan(recipes, load_records(), console, as_json=as_json)
+            rounds: list[Sequence[Recipe]] = []
+            experiment.run(recipes, rounds.append)
+            listed = [recipe for some in rounds for recipe in some]
+            later = len(listed) - len(rounds[0])
+            show_plan(listed, load_records(), console, as_json=as_json, estimate=experiment.hours, later=later)
             return
         failures: list[str | None] = []
         experiment.run(recipes, lambda some: failures.append(run_all(some, values)))

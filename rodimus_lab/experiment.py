@@ -25,11 +25,17 @@ BudgetName = Literal["paper", "short", "smoke"]
 MakeRecipes = Callable[..., Sequence[Recipe]]
 TrainAll = Callable[[Sequence[Recipe]], None]
 RunAll = Callable[[Sequence[Recipe], TrainAll], None]
+Estimate = Callable[[Recipe], float | None]
 
 
 def at_once(recipes: Sequence[Recipe], train_all: TrainAll) -> None:
     """Train all the recipes: what an experiment does that does not choose by its first results what comes next."""
     train_all(recipes)
+
+
+def no_estimate(recipe: Recipe) -> float | None:
+    """An experiment's hours where only the records of its runs can tell them."""
+    return None
 
 
 MakeTable = Callable[[Sequence[Record], PaperResults], Table]
@@ -41,13 +47,15 @@ class Experiment:
     """`function` takes the options and gives the recipes; `reports` are the names of the tables that they feed.
 
     `run(recipes, train_all)` runs them where there is more to it than `train_all(recipes)`, such as runs that depend on
-    what came of others.
+    what came of others. `hours(recipe)` are those of a run on an NVIDIA H200, by steps that were timed, or None; a dry
+    run reckons with them where no record of the model has a speed.
     """
 
     name: str
     function: MakeRecipes
     reports: tuple[str, ...]
     run: RunAll = at_once
+    hours: Estimate = no_estimate
 
     @property
     def options(self) -> Mapping[str, inspect.Parameter]:
@@ -78,11 +86,13 @@ EXPERIMENTS: Registry[Experiment] = Registry("experiment")
 REPORTS: Registry[Report] = Registry("report")
 
 
-def experiment(name: str, *, reports: Sequence[str] = (), run: RunAll = at_once) -> Callable[[F], F]:
+def experiment(
+    name: str, *, reports: Sequence[str] = (), run: RunAll = at_once, hours: Estimate = no_estimate
+) -> Callable[[F], F]:
     """Register a function from options to recipes."""
 
     def enter(function: F) -> F:
-        EXPERIMENTS.register(name)(Experiment(name, function, tuple(reports), run))
+        EXPERIMENTS.register(name)(Experiment(name, function, tuple(reports), run, hours))
         return function
 
     return enter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
@@ -14,10 +14,14 @@ from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import Record, RunDir, describe_budget, runs_root
 from rodimus_lab.terminal import print_table
 
+H200 = "NVIDIA H200"
+TIMED = "docs/benchmarks.md"  # where the steps stand that an experiment's own hours are reckoned from
+
 
 class Planned(NamedTuple):
     """One run to come. `state` is new, unfinished or finished; `hours` on `device`, from the speed of the run
-    `measured`, where one of this model or of its base was timed on a GPU."""
+    `measured`, where one of this model or of its base was timed on a GPU, else from the steps that its experiment has
+    timed."""
 
     recipe: Recipe
     state: str
@@ -45,9 +49,14 @@ class Planned(NamedTuple):
         } | (recipe.departure or {"base": None, "changes": {}})
 
 
-def plan(recipes: Iterable[Recipe], records: Sequence[Record]) -> Iterator[Planned]:
+def plan(
+    recipes: Iterable[Recipe],
+    records: Sequence[Record],
+    estimate: Callable[[Recipe], float | None] = lambda recipe: None,
+) -> Iterator[Planned]:
     """The recipes in order. A time is tokens over the speed of the newest record of the same model on a GPU, or of the
-    base's, then scaled by the FLOPs of a token; evaluations and compilation are not in it."""
+    base's, then scaled by the FLOPs of a token, else the experiment's `estimate`; evaluations and compilation are not
+    in it."""
     timed = {
         _model(record.recipe): record
         for record in sorted(records, key=lambda record: record.finished)
@@ -66,12 +75,23 @@ def plan(recipes: Iterable[Recipe], records: Sequence[Record]) -> Iterator[Plann
                 hours = tokens / record.metrics["tokens_per_second"] * more / 3600
                 break
         device, measured = (record.device, record.id) if record else (None, None)
+        if record is None and (hours := estimate(recipe)) is not None:
+            device, measured = H200, TIMED
         yield Planned(recipe, state, recipe.model.num_params(), tokens, hours, device, measured)
 
 
-def show_plan(recipes: Iterable[Recipe], records: Sequence[Record], console: Console, *, as_json: bool) -> None:
-    """List what would be trained, with the time where a speed was measured."""
-    planned = list(plan(recipes, records))
+def show_plan(
+    recipes: Iterable[Recipe],
+    records: Sequence[Record],
+    console: Console,
+    *,
+    as_json: bool,
+    estimate: Callable[[Recipe], float | None] = lambda recipe: None,
+    later: int = 0,
+) -> None:
+    """List what would be trained, with the time where a speed was measured. The last `later` recipes are there because
+    of what others came to."""
+    planned = list(plan(recipes, records, estimate))
     if as_json:
         print(json.dumps([one.facts for one in planned], indent=1))
         return
@@ -86,7 +106,14 @@ def show_plan(recipes: Iterable[Recipe], records: Sequence[Record], console: Con
     console.print(
         f"{len(left)} of {len(planned)} runs to train"
         + (f"; {sum(hours):.2f} h for {len(hours)} of them at the speeds measured on {devices}" if hours else "")
+        + (
+            "; a run that has learnt enough ends sooner"
+            if any(hasattr(one.recipe.data, "enough") for one in left)
+            else ""
+        )
     )
+    if later:
+        console.print(f"the last {later} follow from the results so far; the others' results may change them")
 
 
 def plan_table(planned: Sequence[Planned]) -> Table:

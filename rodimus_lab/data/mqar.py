@@ -28,6 +28,7 @@ from rodimus_lab.errors import UserError
 
 IGNORE = -100
 BLOCK = 4096  # Examples drawn at a time, each block from a generator of its own; part of what a seed means.
+MOST_POWER = 8.0  # of the gaps: beyond, the weights of places leave float32, and all but the far ones are never drawn.
 SEEDS = 1 << 31  # Test sets take the seeds from here on, so that no test set is a training set.
 
 Positive = Annotated[int, Field(ge=1)]
@@ -52,7 +53,7 @@ class MqarConfig(Config):
     train: Annotated[tuple[MqarSegment, ...], Field(min_length=1)]
     test: MqarSegment
     vocab_size: Annotated[int, Field(ge=4)] = 8192
-    power_a: Annotated[float, Field(gt=0)] = 0.01
+    power_a: Annotated[float, Field(gt=0, le=MOST_POWER)] = 0.01
     random_non_queries: bool = False
     seed: Annotated[int, Field(ge=0, lt=SEEDS)] = 123
     enough: Annotated[float, Field(gt=0, le=1)] = 0.99
@@ -112,6 +113,9 @@ def generate(
 
     `seed` is from 0 to 2^32 - 1. Raises `UserError` for sizes that cannot be.
     """
+    problem = _problem(seq_len, num_pairs, vocab_size) or _count_problem(num_examples)
+    if problem:
+        raise UserError(problem)
     inputs_NT = np.empty((num_examples, seq_len), np.int64)
     labels_NT = np.full((num_examples, seq_len), IGNORE, np.int64)
     done = 0
@@ -153,13 +157,11 @@ def _blocks(
     random_non_queries: bool,
     seed: int,
 ) -> Iterator[Examples]:
-    if num_examples < 1:
-        raise UserError(f"{num_examples} examples cannot be drawn; ask for at least 1")
-    problem = _problem(seq_len, num_pairs, vocab_size)
+    problem = _problem(seq_len, num_pairs, vocab_size) or _count_problem(num_examples)
     if problem:
         raise UserError(problem)
-    if not power_a > 0:
-        raise UserError(f"the power of the gaps is {power_a}; it must be above 0")
+    if not 0 < power_a <= MOST_POWER:
+        raise UserError(f"the power of the gaps is {power_a}; it must be above 0 and at most {MOST_POWER:g}")
     if not 0 <= seed < 2 * SEEDS:
         raise UserError(f"the data seed is {seed}; it must be from 0 to {2 * SEEDS - 1}")
     starts = range(0, num_examples, BLOCK)
@@ -225,6 +227,10 @@ def _in_turn(random: np.random.Generator, rows: int, count: int, weights: NDArra
     first = np.argpartition(rings, count - 1, axis=1)[:, :count]
     order = np.argsort(np.take_along_axis(rings, first, axis=1), axis=1)
     return np.take_along_axis(first, order, axis=1)
+
+
+def _count_problem(num_examples: int) -> str | None:
+    return f"{num_examples} examples cannot be drawn; ask for at least 1" if num_examples < 1 else None
 
 
 def _problem(seq_len: int, num_pairs: int, vocab_size: int) -> str | None:

@@ -35,6 +35,10 @@ UNDATED = {
 PROVENANCE = ("corpus", "budget", "device")  # beside a measured point
 MARGIN = 0.03  # beyond the points, as a part of an axis
 NOTE_LETTERS = 14  # in an inch of a note
+NOTE_LINES, NOTE_LINE = (
+    4,
+    0.125,
+)  # Lines of a note that a figure has room for, and the inches that each further one adds.
 LABEL_GAP = 0.042  # between the names at the right, as a part of the height
 
 
@@ -42,7 +46,7 @@ LABEL_GAP = 0.042  # between the names at the right, as a part of the height
 class Line:
     """The points of one model. `sources` say point by point where each is from, and `runs` which runs stand behind it;
     `quoted` ones are the paper's, drawn pale and behind ours. `stds` are the standard deviations over seeds, 0 where
-    there is one seed, drawn as a band. A line of no model has a `shade`, from 0 to 1, in place of a model's colour."""
+    there is one seed, drawn as bars. A line of no model has a `shade`, from 0 to 1, in place of a model's colour."""
 
     name: str
     xs: Sequence[float]
@@ -139,12 +143,14 @@ class Figure:
         parts = [f"dashed and pale: the paper's{by_eye}"] if quoted else []
         told = told_runs((run for line in self.lines for some in line.runs for run in some), self.paper_corpus)
         parts += [told] if told else []
-        parts += ["shaded: one standard deviation over seeds"] if any(any(line.stds) for line in self.lines) else []
+        parts += ["bars: one standard deviation over seeds"] if any(any(line.stds) for line in self.lines) else []
         parts += ["shaded: where the fitted law lies with 95 % confidence"] if self.bands else []
         begun = {line.name for line in self.lines if not line.quoted} | {name for name, _ in self.unfinished}
         absent = tell_points(self.missing, whole={name for name, _ in self.missing} - begun)
         parts += [f"not run: {absent}{f' ({self.command})' if self.command else ''}"] if absent else []
-        parts += [f"not drawn before all its runs are there: {tell_points(self.unfinished)}"] if self.unfinished else []
+        if self.unfinished:
+            how = f" ({self.command})" if self.command and not absent else ""
+            parts += [f"not drawn before all its runs are there: {tell_points(self.unfinished)}{how}"]
         return "; ".join([*parts, *([self.remark] if self.remark else [])])
 
     def rows(self) -> list[tuple[Any, ...]]:
@@ -183,9 +189,13 @@ class Figure:
             pale: dict[str, Any] = {"alpha": 0.4, "linestyle": "--", "zorder": 1.9} if line.quoted else {}
             loose = {"linestyle": "none"} if not pale and line.name in fitted else {}
             axes.plot(line.xs, line.ys, **line.style, **pale, **loose, clip_on=False)
-            if any(line.stds):
-                low, high = ([y + sign * std for y, std in zip(line.ys, line.stds, strict=True)] for sign in (-1, 1))
-                axes.fill_between(line.xs, low, high, color=line.style["color"], alpha=0.15, linewidth=0)
+            several = (
+                [point for point in zip(line.xs, line.ys, line.stds, strict=True) if point[2]] if line.stds else []
+            )
+            if several:
+                bars: dict[str, Any] = {"ecolor": line.style["color"], "elinewidth": 0.8, "capsize": 2.5}
+                xs_of, ys_of, stds = zip(*several, strict=True)
+                axes.errorbar(xs_of, ys_of, yerr=stds, fmt="none", **bars)
         for band in self.bands:
             band.paint(axes)
         axes.set_xlim(*_around(xs, linear=self.x.is_linear))
@@ -300,7 +310,7 @@ def draw(figure: Drawing, salt: str) -> dict[str, bytes]:
         raise UserError("figures need matplotlib; install it with: pip install -e '.[figures]'") from None
     files = {}
     with style.context(["default", HOUSE | {"svg.hashsalt": salt}]):
-        canvas = Canvas(figsize=figure.size, layout="constrained")
+        canvas = Canvas(figsize=_with_room(figure), layout="constrained")
         figure.paint(canvas)
         for suffix, metadata in UNDATED.items():
             file = io.BytesIO()
@@ -309,10 +319,21 @@ def draw(figure: Drawing, salt: str) -> dict[str, bytes]:
     return files
 
 
+def _with_room(figure: Drawing) -> tuple[float, float]:
+    """Its size, higher where its note is long, so that the axes keep theirs and the names beside them do not meet."""
+    width, height = figure.size
+    note = figure.note if isinstance(figure, Figure | Panels) else ""
+    return width, height + NOTE_LINE * max(0, _filled(note, width).count("\n") + 1 - NOTE_LINES)
+
+
 def _write_note(canvas: Any, note: str, inches: float) -> None:
     """At the foot of a figure, or of a part of one, so many inches wide."""
     if note:
-        canvas.supxlabel(fill(note, int(NOTE_LETTERS * inches)), fontsize="small", x=0.02, ha="left")
+        canvas.supxlabel(_filled(note, inches), fontsize="small", x=0.02, ha="left")
+
+
+def _filled(note: str, inches: float) -> str:
+    return fill(note, int(NOTE_LETTERS * inches))
 
 
 def _provenance(runs: Sequence[Record]) -> list[str]:

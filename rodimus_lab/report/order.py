@@ -13,8 +13,11 @@ SHOWN = 3  # exceptions that a sentence names
 UNKNOWN = "No two rows that the paper orders have been run at one setting, so whether its order holds is not known."
 
 
-def with_order(table: Table, metric: str, names: Sequence[str], within: Sequence[str] = ()) -> Table:
-    """`table` with a note on the order by `metric`, the name of one column of the paper's and of measured ones.
+def with_order(
+    table: Table, metric: str, names: Sequence[str], within: Sequence[str] = (), quoted: str | None = None
+) -> Table:
+    """`table` with a note on the order by `metric`, the name of one column of the paper's and of measured ones; the
+    paper's has the name `quoted` where that is another.
 
     Rows are told by the columns `names`; only rows that agree in the columns `within` are compared, and of these every
     pair that the paper's printed digits tell apart. Where both rows are means over seeds, a pair counts only if the
@@ -22,7 +25,7 @@ def with_order(table: Table, metric: str, names: Sequence[str], within: Sequence
     and the sentence says so.
     """
     places = {column.name: index for index, column in enumerate(table.columns)}
-    paper, measured = _columns(table, metric)
+    paper, measured = _columns(table, metric, quoted or metric)
     notes = []
     for index in measured:
         rows = [row for row in table.rows if row[paper].is_number and row[index].is_number]
@@ -69,9 +72,9 @@ def _verdict(gap: float, noise: float | None) -> str:
     return "held" if gap > 0 else "broken"
 
 
-def _columns(table: Table, metric: str) -> tuple[int, list[int]]:
+def _columns(table: Table, metric: str, quoted: str) -> tuple[int, list[int]]:
     """The paper's column of a metric and the measured ones."""
-    found = [index for index, column in enumerate(table.columns) if column.name == metric]
+    found = [index for index, column in enumerate(table.columns) if column.name in (metric, quoted)]
     sources = {index: {row[index].source for row in table.rows if row[index].value is not None} for index in found}
     (paper,) = [index for index in found if sources[index] == {"paper"}]
     return paper, [index for index in found if sources[index] == {"measured"}]

@@ -146,7 +146,8 @@ class Table:
             elif first.source == "measured":
                 conditions = self._conditions(first, device=column.per_device)
                 corpus = f"{first.corpus}{' stand-in' if self._stands_in(first) else ''}"
-                short = ", ".join(filter(None, [corpus, (first.budget or "").partition(" ")[0]]))
+                budget = (first.budget or "").partition(" ")[0]  # "paper" alone would read as the paper's number.
+                short = ", ".join(filter(None, [corpus, "paper budget" if budget == "paper" else budget]))
                 headers.append(f"{column.name} ({short} #{self.settings[', '.join(conditions)]})")
             else:
                 headers.append(f"{column.name} ({first.source})")

@@ -142,4 +142,5 @@ def _markdown(text: str) -> str:
 
 
 def _latex(text: str) -> str:
-    return re.sub(r"\s+", " ", "".join(_LATEX.get(letter, letter) for letter in text)).strip()
+    spelled = "".join(_LATEX.get(letter, letter) for letter in text.replace("--", "\0"))
+    return re.sub(r"\s+", " ", spelled.replace("\0", "-{}-")).strip()  # Two hyphens would become a dash.

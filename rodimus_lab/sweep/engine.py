@@ -55,6 +55,9 @@ def sweep(
             code = run_on_ray(waiting, options, train_options, run, board)
         else:
             code = run_serially(waiting, options, train_options, run, board)
+    for outcome in outcomes:
+        if outcome.state == "failed":
+            outcome.look()  # Another process that had it may have finished it since.
     if code is not None:
         done = sum(outcome.state == "finished" for outcome in outcomes)
         raise Interrupted(

@@ -118,10 +118,12 @@ def train(recipe: Recipe, options: TrainOptions | None = None, *, open_feed: Ope
             return json.loads((run.path / RECORD).read_bytes())
         if world.main:
             stack.enter_context(hold(folder))
-            if not options.resume:
-                for old in (*folder.glob("step-*"), folder / BEST):
-                    shutil.rmtree(old, ignore_errors=True)
-                (folder / TIMING).unlink(missing_ok=True)
+        if world.from_main(run.finished):  # By another process, between the first look and the hold.
+            return json.loads((run.path / RECORD).read_bytes())
+        if world.main and not options.resume:
+            for old in (*folder.glob("step-*"), folder / BEST):
+                shutil.rmtree(old, ignore_errors=True)
+            (folder / TIMING).unlink(missing_ok=True)
         try:
             return Trainer(recipe, open_feed(recipe, world), options, run, world, folder).fit()
         except torch.OutOfMemoryError:

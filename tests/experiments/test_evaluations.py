@@ -115,7 +115,7 @@ def test_a_stand_in_corpus_is_told():
     table = table2([record(FULL, corpus="enwiki-25k", facts=(134.5e6, 0.2e9))], PAPER)
     assert len(table.rows) == len(PAPER.table(2)) + 1
     assert [cell.text for cell in table.rows[-1][:3]] == ["rodimus", "0.13", "0.20"]
-    assert "ARC-e acc (enwiki-25k stand-in, paper #1)" in table.headers
+    assert "ARC-e acc (enwiki-25k stand-in, paper budget #1)" in table.headers
 
 
 def test_best_and_second_best_within_an_experiment():

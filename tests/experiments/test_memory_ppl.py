@@ -99,7 +99,7 @@ def test_seeds_of_one_point_are_drawn_as_their_mean_with_a_band() -> None:
     assert (line.ys, line.stds) == ([pytest.approx(ppl + 1)], [pytest.approx(2**0.5)])
     assert line.told()[0][0] == "rodimus-b6357da5; rodimus-00000002"
     assert "rodimus-b6357da5, rodimus-00000002: enwiki-25k standing in for wikitext-103, " in measured.note
-    assert "one standard deviation over seeds" in measured.note
+    assert "bars: one standard deviation over seeds" in measured.note
 
 
 def test_without_runs_figure_1a_says_so() -> None:

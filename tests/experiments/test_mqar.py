@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from experiments.mqar import (
     draw_figure_1b,
     figure01b,
     figure06,
+    gpu_hours,
     mqar,
     run_all,
 )
 from rodimus_lab.data.mqar import single
+from rodimus_lab.errors import UserError
 from rodimus_lab.nn.zoo import with_sublayers
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import Record, RunDir, load_records
@@ -152,6 +155,79 @@ def test_the_contested_are_run_after_the_others(monkeypatch):
     run_all(recipes, lambda chosen: asked.append(list(chosen)))
     assert asked[0] == recipes
     assert {(r.label, r.seed) for r in asked[1]} == {(m, s) for m in ("rodimus", "mamba") for s in (124, 125)}
+
+
+def test_points_that_lack_a_rate_get_no_more_seeds(monkeypatch):
+    """The rate that is missing may be the best one; above 99 % it does not matter."""
+    recipes = list(mqar("6", model="rodimus", length=128, width=64, budget="paper"))
+    recipes += mqar("6", model="mamba", length=128, width=64, budget="paper")
+    asked: list[list[Recipe]] = []
+    for accuracies, more in (([0.5] * 7, 0), ([*[0.5] * 3, 0.98, 0.995, *[0.5] * 2], 4)):
+        found = [record(recipe, accuracy) for recipe, accuracy in zip(recipes, accuracies, strict=False)]
+        monkeypatch.setattr("experiments.mqar.load_records", lambda experiment, found=found: found)
+        asked.clear()
+        run_all(recipes, lambda chosen: asked.append(list(chosen)))
+        assert len(asked[1]) == more
+    bare = replace(found[0], metrics={})  # As a record that was meddled with.
+    monkeypatch.setattr("experiments.mqar.load_records", lambda experiment: [bare])
+    run_all(recipes, lambda chosen: asked.append(list(chosen)))
+    assert asked[-1] == []
+
+
+def test_hours_are_those_of_the_timed_steps():
+    narrow, wide = (mqar("6", model="mamba2", length=128, width=d, lr=1e-2, budget="paper")[0] for d in (64, 512))
+    assert gpu_hours(narrow) == pytest.approx(12_544 * 3.31e-3 / 3600)
+    assert gpu_hours(wide) == pytest.approx(12_544 * 13.94e-3 / 3600)
+    (between,) = mqar("6", model="mamba2", length=128, width=256, lr=1e-2, budget="short")
+    assert gpu_hours(narrow) < 8 * gpu_hours(between) < gpu_hours(wide)
+    (longer,) = mqar("6", model="mamba2", length=512, width=64, lr=1e-2, budget="paper")
+    assert gpu_hours(longer) == pytest.approx(4 * gpu_hours(narrow), rel=0.02)
+    few, many = (mqar("1b", model="rodimus", expansion=n, lr=1e-2, budget="paper")[0] for n in (16, 256))
+    assert gpu_hours(few) < gpu_hours(many) < 3 * gpu_hours(few)
+    assert gpu_hours(mqar(budget="smoke")[0]) is None
+    assert gpu_hours(mqar("6", model="gla", length=128, width=64, budget="paper")[0]) is None
+
+
+def test_a_dry_run_has_hours_and_what_follows(cli, places, monkeypatch):
+    command = ("mqar", "--model", "rodimus", "--model", "mamba", "--length", 128, "--width", 64, "--budget", "paper")
+    listed = json.loads(cli(*command, "--dry-run", "--json").out)
+    assert len(listed) == 8
+    assert all((one["device"], one["measured"]) == ("NVIDIA H200", "docs/benchmarks.md") for one in listed)
+    text = cli(*command, "--dry-run").out
+    assert "8 of 8 runs to train; 0.07 h for 8 of them" in text
+    assert "a run that has learnt enough ends sooner" in text
+    recipes = [r for m in ("rodimus", "mamba") for r in mqar("6", model=m, length=128, width=64, budget="paper")]
+    monkeypatch.setattr("experiments.mqar.load_records", lambda experiment: [record(r, 0.5) for r in recipes])
+    text = cli(*command, "--dry-run").out
+    assert "12 of 12 runs to train" in text
+    assert "the last 4 follow from the results so far" in text
+
+
+def test_the_smoke_budget_says_what_it_does_not_do():
+    for option in ({"figure": "1b"}, {"length": 128}, {"width": 64}, {"expansion": 16}):
+        (name,) = option
+        with pytest.raises(UserError, match=f"--{name} .* would change nothing"):
+            mqar(budget="smoke", **option)
+
+
+def test_the_tables_say_what_is_missing_and_what_became_of_the_papers_order():
+    found = runs([0.1, 0.5, 0.9, 0.2], model="rodimus", length=128, width=64)
+    found += runs([0.1, 0.5, 0.2, 0.94], model="rwkv6", length=128, width=64)
+    found += runs([0.1, 0.5, 0.2, 0.89], model="mamba", length=128, width=64)
+    found += runs([0.1, 0.5, 0.2, 0.89], model="mamba2", length=128, width=64)[:3]
+    text = to_markdown(figure06(found, PAPER))
+    assert "ahead: rwkv6 (128 tokens) at 64; behind: none; level: mamba (128 tokens) at 64." in text
+    assert "15 of the figure's 336 runs. Not all of 4 learning rates yet" in text
+    assert "the best may become better: mamba2 (128 tokens) at 64." in text
+    assert "rodimus-lab mqar --figure 6 --budget paper runs what is missing" in text
+    assert "paper budget #1" in text
+    found = runs([0.3, 0.6, 0.2], figure="1b", model="rodimus", expansion=64)
+    text = to_markdown(figure01b(found, PAPER))
+    assert "whether its order holds is not known" in text
+    found += runs([0.3, 0.7, 0.2], figure="1b", model="mamba2", expansion=64)
+    text = to_markdown(figure01b(found, PAPER))
+    assert "0 of 1 pairs of rows stand as in the paper; (rodimus 64) is not above (mamba2 64)" in text
+    assert "6 of the figure's 60 runs." in text
 
 
 def test_figure_1b_has_the_papers_points_and_ours():

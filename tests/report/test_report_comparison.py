@@ -81,7 +81,7 @@ def test_corpora_and_budgets_have_their_own_columns():
     assert table.headers == (
         "Model",
         "Test PPL (paper)",
-        "Test PPL (wikitext-103, paper #1)",
+        "Test PPL (wikitext-103, paper budget #1)",
         "Test PPL (wikitext-103, short #2)",
         "Test PPL (enwiki-25k stand-in, short #3)",
     )

@@ -54,6 +54,40 @@ def test_panels_hold_what_their_parts_do(part: Figure | HeatMap, tmp_path: Path)
     assert again == [path.read_bytes() for path in write_figure(both, tmp_path, "both")]
 
 
+def test_points_of_several_seeds_have_bars_and_others_none() -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure as Canvas
+
+    line = Line("rodimus", (512, 1024, 2048), (5, 5, 5), stds=(0, 0.5, 0))
+    canvas = Canvas()
+    replace(FIGURE, lines=[line]).paint(canvas)
+    (bars,) = canvas.axes[0].collections
+    (segment,) = bars.get_segments()
+    assert segment.tolist() == [[1024, 4.5], [1024, 5.5]]
+
+
+def test_what_is_half_run_has_the_command_that_goes_on() -> None:
+    half = replace(FIGURE, unfinished=[("rodimus", 2048)], command="rodimus-lab more")
+    assert half.note == "not drawn before all its runs are there: rodimus at 2048 (rodimus-lab more)"
+    assert replace(half, missing=[("gla", None)]).note.count("rodimus-lab more") == 1
+
+
+def test_a_long_note_leaves_the_axes_their_height() -> None:
+    pytest.importorskip("matplotlib")
+    from io import BytesIO
+
+    from matplotlib.image import imread
+
+    from rodimus_lab.report.figure import draw
+
+    heights = [
+        imread(BytesIO(draw(replace(FIGURE, remark="some word " * words), "a")["png"])).shape[0]
+        for words in (0, 30, 200)
+    ]
+    assert heights[0] == heights[1] == 750
+    assert heights[2] > 1000
+
+
 @pytest.mark.parametrize("parts", [0, 1, 4])
 def test_long_titles_are_within_the_picture(parts: int) -> None:
     pytest.importorskip("matplotlib")
@@ -95,16 +129,6 @@ def test_every_model_has_a_style_of_its_own() -> None:
     load_plugins()
     styles = {name: (style_of(name)["color"], style_of(name)["marker"]) for name in MODELS}
     assert len(set(styles.values())) == len(styles)
-
-
-def test_seeds_are_drawn_as_a_band(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    drawn = []
-    for stds in ((0, 0), (0, 0.1)):
-        figure = replace(FIGURE, lines=[Line("rodimus", (512, 1024), (5, 5), stds=stds)])
-        drawn.append(write_figure(figure, tmp_path, "state")[0].read_text())
-    without, with_band = drawn
-    assert ("FillBetween" in without, "FillBetween" in with_band) == (False, True)
 
 
 def test_a_style_is_of_the_name_alone_and_of_one_model() -> None:

@@ -28,6 +28,12 @@ def measured(value: float | None, run: str = "rodimus-1a2b3c4d", **changes) -> C
     return Cell(value, **(fields | changes))
 
 
+def test_latex_keeps_the_hyphens_of_an_option():
+    table = Table.of("T", [(Column("a"), [Cell("b — c")])], ["run it with --dry-run"])
+    assert "run it with -{}-dry-run" in to_latex(table)
+    assert "b --- c" in to_latex(table)
+
+
 def quoted(text: str | None) -> Cell:
     return Cell(None if text is None else Printed(text), source="paper")
 

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 import sweep_fakes
@@ -131,6 +132,23 @@ def test_a_second_sweep_leaves_a_run_under_way_alone(tmp_path):
         good, other = serially(tmp_path, ["good", "other"])
     assert (good.state, other.state) == ("failed", "finished")
     assert "another process is training into" in good.reason
+
+
+def test_a_run_that_another_sweep_finished_meanwhile_is_no_failure(tmp_path):
+    from rodimus_lab.train.checkpoint import hold
+
+    elsewhere = ExitStack()
+    elsewhere.enter_context(hold(checkpoint_folder(tmp_path, recipe("good"))))
+
+    def run(asked, options):
+        if asked.label == "other":  # By now the run that was under way elsewhere has come to its end there.
+            elsewhere.close()
+            sweep_fakes.run(recipe("good"), options)
+        return sweep_fakes.run(asked, options)
+
+    outcomes = sweep([recipe("good"), recipe("other")], SERIAL, options(tmp_path), run=run)
+    assert [outcome.state for outcome in outcomes] == ["finished", "finished"]
+    assert failures(outcomes) is None
 
 
 def test_without_ray_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys):

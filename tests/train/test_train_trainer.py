@@ -237,6 +237,25 @@ def test_two_processes_cannot_train_one_run(tmp_path):
     train(recipe, options(tmp_path), open_feed=feed)
 
 
+def test_a_run_that_another_process_finished_meanwhile_is_not_trained_again(tmp_path, monkeypatch):
+    """Between the look at the record and the hold of the folder."""
+    from rodimus_lab.train import trainer
+
+    recipe, hold = tiny_recipe(), trainer.hold
+    others = []
+
+    def late(folder):
+        monkeypatch.setattr(trainer, "hold", hold)
+        others.append(train(recipe, options(tmp_path), open_feed=memory_feed))
+        return hold(folder)
+
+    def no_feed(recipe, world):
+        raise AssertionError("it is finished")
+
+    monkeypatch.setattr(trainer, "hold", late)
+    assert train(recipe, options(tmp_path), open_feed=no_feed) == others[0]
+
+
 def test_signal_handlers_are_given_back():
     former = signal.getsignal(signal.SIGTERM)
     with StopSignal():
