@@ -26,24 +26,53 @@ from rodimus_lab.report import Metric, PaperResults, Table, paper_vs_measured
 CONTEXT = 2048
 SMOKE_CONTEXT = 48
 STEPS, SMOKE_STEPS = 4000, 256
-WORDS = 4  # of a key or a value, at most
+WORDS = 3  # of a key or a value, at most
 # Most words of a sentence are drawn anew for each document, so that there is no sentence to learn: only that the answer
 # has the form that is asked for, and goes on as the sentence that shares its words.
-HEADS = ("The {word1} {word2}", "The {word1} {word2} {word3}", "Every {word1} {word2}", "The {word1} and the {word2}")
-PLACES = ("of {key}", "in {key}", "near the {key} {word4}", "that {key} {word4}", "for the {word4} and {key}")
+HEADS = (
+    "The {word1}",
+    "The {word1} {word2}",
+    "The {word1} {word2} {word3}",
+    "Every {word1} {word2}",
+    "The {word1} and the {word2}",
+)
+PLACES = (
+    "of {key}",
+    "in {key}",
+    "near the {key} {word4}",
+    "of the {key} {word4} {word5}",
+    "that {key} {word4}",
+    "for the {word4} and {key}",
+    "{word4} {word5} {key}",
+    "{word4} {word5} {word6} {key} {word7}",
+)
 LINKS = ("is", "is the", "was", "was the", "belongs to")
+ASKED = ("What {link} {said} {place}?", "{Place}, what {link} {said}?", "Which {word1} {place} {link} it?")
 
 
 def relations() -> tuple[Relation, ...]:
-    """As NeedleBench asks: the question, the hint to think first, and the sentence to fill in. Every other sentence has
-    its parts in another order than the answer."""
+    """As NeedleBench asks: the question, the hint to think first, and the sentence to fill in.
+
+    The hidden sentence is in turn as in the answer; with its parts in another order; with "the" where the sentence to
+    fill in leaves it out; and in another order without all of the words that are asked for.
+    """
     made = []
     for number, (head, place, link) in enumerate(product(HEADS, PLACES, LINKS)):
-        said = head[0].lower() + head[1:]
-        answer = f"{head} {place} {link} {{value}}."
-        needle = f"{place[0].upper()}{place[1:]} {said} {link} {{value}}." if number % 2 else answer
+        said, Place = head[0].lower() + head[1:], place[0].upper() + place[1:]
+        verb = link.removesuffix(" the")
+        answer = needle = f"{head} {place} {link} {{value}}."
         gap = answer.replace(" {value}", "________")
-        asked = guided(f"What {link.removesuffix(' the')} {said} {place}? Please answer in the format '{gap}'", "en")
+        if number % 4 == 1:
+            needle = f"{Place} {said} {link} {{value}}."
+        elif number % 4 == 2:
+            answer = needle = f"{head} {place} {verb} the {{value}}."
+            gap = f"{head} {place} {verb}________."
+        elif number % 4 == 3:
+            needle = f"{Place} {link} {{word1}} {{value}}."
+        question = ASKED[number % 3].format_map(
+            {"link": verb, "said": said, "place": place, "Place": Place, "word1": "{word1}"}
+        )
+        asked = guided(f"{question} Please answer in the format '{gap}'", "en")
         made.append(Relation(needle=needle, question=QUESTION["en"] + asked + END, answer=answer))
     return tuple(made)
 
@@ -92,7 +121,7 @@ def needle(
             corpus=corpus or "wikitext-103",
             tokenizer="gpt2",
             seq_len=CONTEXT,
-            shortest=192,
+            shortest=288,
             before=INTRODUCTION["en"] + DOCUMENT["en"],
             after="",
             relations=relations(),

@@ -17,6 +17,7 @@ from rodimus_lab.convert import Checkpoint, find_directory, layout_of, open_dire
 from rodimus_lab.convert.directory import CONFIG
 from rodimus_lab.convert.provenance import Provenance, label_of, of_folder, provenance
 from rodimus_lab.convert.tensors import read_json
+from rodimus_lab.data.hub import quiet_hub
 from rodimus_lab.device import device_type
 from rodimus_lab.errors import UserError
 from rodimus_lab.records import PUBLISHED, UNTRAINED
@@ -171,6 +172,7 @@ def _transformers_config(name: str, options: LoadOptions) -> Any:
 
 
 def _read_config(name: str, options: LoadOptions) -> Any:
+    quiet_hub()
     for shared, own in SHARED.items():  # fla, once imported, has its classes in these places.
         transformers.AutoConfig.register(shared, getattr(transformers, own), exist_ok=True)
     return transformers.AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code)

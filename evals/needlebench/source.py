@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from evals.needlebench.spec import Language, Task
 from rodimus_lab.data import data_root
+from rodimus_lab.data.hub import quiet_hub
 from rodimus_lab.errors import UserError
 
 HUB = "opencompass/NeedleBench"
@@ -116,6 +117,7 @@ class _Files:
         try:
             from huggingface_hub import hf_hub_download
 
+            quiet_hub()
             return Path(hf_hub_download(HUB, name, repo_type="dataset"))
         except Exception as error:
             raise UserError(

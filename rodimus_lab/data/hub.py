@@ -60,6 +60,7 @@ class HubCorpus(Corpus):
         try:
             from huggingface_hub import HfApi
 
+            quiet_hub()
             names = HfApi().list_repo_files(self.repository, repo_type="dataset")
         except Exception as error:
             raise self._unreachable(self._pattern(split), error) from None
@@ -72,6 +73,7 @@ class HubCorpus(Corpus):
         try:
             from huggingface_hub import hf_hub_download
 
+            quiet_hub()
             path = hf_hub_download(self.repository, name, repo_type="dataset")
         except Exception as error:
             raise self._unreachable(name, error) from None
@@ -87,6 +89,13 @@ class HubCorpus(Corpus):
             f"kept: set RODIMUS_LAB_DATA to a folder that holds {self.name}/{name}, or run it again with network "
             "access to the Hub"
         )
+
+
+def quiet_hub() -> None:
+    """Keeps the Hub's client from telling of each of its attempts; what is raised in the end says it once."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
 
 
 @CORPORA.register("pile")

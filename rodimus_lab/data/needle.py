@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import product
 from typing import Annotated, Any, Literal
@@ -25,19 +26,21 @@ from pydantic import Field, model_validator
 from rodimus_lab.config import Config
 from rodimus_lab.data.loader import IGNORED, Batch, rng
 from rodimus_lab.data.prepared import PreparedData
-from rodimus_lab.data.tokenizers import Tokenizer
 from rodimus_lab.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
 Words = Annotated[tuple[str, ...], Field(min_length=1)]
 HELD_OUT = {"valid": 8, "test": 9}  # Tenths of all needles, by a hash.
 REJECTIONS = 10_000
+SAMPLE = 500_000  # Tokens of the train split, out of which words are drawn.
+MOST_TOKENS = 3  # Of a word that is drawn.
+JOINS = (" ", " ", " ", " ", " ", " ", " of ", " of the ")  # Between two words of a key or value.
 WORD = re.compile(r"\{(word\d)\}")
 
 
 class Relation(Config):
     """A sentence to hide, the question about it and the answer, with `{key}` and, but for the question, `{value}`.
-    `{word0}` to `{word9}` are words that are drawn anew for each document."""
+    `{word0}` to `{word9}` are words of the corpus, drawn anew for each document, common ones more often."""
 
     needle: str
     question: str
@@ -55,8 +58,8 @@ class Relation(Config):
 
 class NeedleConfig(Config):
     """The data of a run. A key is one of `keys`, a value one word out of each tuple of `values`, joined by spaces. A
-    number in the place of either stands for from one up to so many words with a capital letter, drawn from those that
-    the tokenizer has as one token.
+    number in the place of either stands for from one up to so many of the corpus's words with a capital letter, now and
+    then with "of" or "of the" between them.
 
     `before` stands before the haystack and `after` between it and the question. `hold_out`: valid and test hide values,
     or of every value as many keys, that training does not. `answers_only` counts the answers' tokens in the loss, else
@@ -100,15 +103,19 @@ class NeedleConfig(Config):
         return next((split for split, held in HELD_OUT.items() if held == tenth), "train")
 
 
-def _words(tokenizer: Tokenizer, *, capitalised: bool) -> list[str]:
-    """Words of one token each, in the order of their ids. Raises `UserError` where there are none."""
-    texts = (tokenizer.decode([number]) for number in range(tokenizer.vocab_size))
-    pattern = " [A-Z][a-z]{2,}" if capitalised else " [a-z]{3,}"
-    words = [text[1:] for text in texts if re.fullmatch(pattern, text)]
-    if not words:
+def _words(prepared: PreparedData, *, capitalised: bool) -> list[str]:
+    """Words of the corpus that are few tokens each, the commonest first. Raises `UserError` where there are none."""
+    tokenizer = prepared.tokenizer()
+    text = tokenizer.decode(prepared.shards("train")[0][:SAMPLE].tolist())
+    counts = Counter(re.findall(r" ([A-Z][a-z]{2,})\b" if capitalised else r" ([a-z]{2,})\b", text))
+    words = sorted(counts, key=lambda word: (-counts[word], word))
+    found = [word for word in words if len(tokenizer.encode(f" {word}")) <= MOST_TOKENS]
+    if not found:
         kind = "capitalised words" if capitalised else "words"
-        raise UserError(f"the tokenizer {tokenizer.name!r} has no {kind} of one token; list the keys, values and words")
-    return words
+        raise UserError(
+            f"the train split of {prepared.manifest.corpus!r} has no {kind}; list the keys, values and words"
+        )
+    return found
 
 
 def _hash(text: str) -> int:
@@ -129,9 +136,9 @@ class NeedleDocuments:
         self._haystacks = {split: prepared.shards(split) for split in ("train", *HELD_OUT)}
         self._encode = lru_cache(maxsize=1 << 18)(lambda text: tuple(self.tokenizer.encode(text)))
         drawn = isinstance(data.values, int) or isinstance(data.keys, int)
-        self._names = _words(self.tokenizer, capitalised=True) if drawn else []
+        self._names = _words(prepared, capitalised=True) if drawn else []
         self._asked = [sorted(set(WORD.findall("".join(relation.to_dict().values())))) for relation in data.relations]
-        self._words = _words(self.tokenizer, capitalised=False) if any(self._asked) else []
+        self._words = _words(prepared, capitalised=False) if any(self._asked) else []
         keys = self._names[:1] if isinstance(data.keys, int) else data.keys
         values = self._names if isinstance(data.values, int) else data.all_values
         present = {data.split_of(key, value) for key in keys for value in values}
@@ -147,21 +154,26 @@ class NeedleDocuments:
     @cached_property
     def longest_frame(self) -> int:
         """No document has more tokens beside its haystack."""
-        data, name = self.data, self._names[:1]
-        keys = [" ".join(name * data.keys)] if isinstance(data.keys, int) else data.keys
+        data = self.data
+        longest = self._most_tokens(self._names)
+        join = max(JOINS, key=len)
+        keys = [join.join([longest] * data.keys)] if isinstance(data.keys, int) else data.keys
         if isinstance(data.values, int):
-            value = " ".join(name * data.values)
+            value = join.join([longest] * data.values)
         else:
             value = max(data.all_values, key=lambda text: len(self.tokenizer.encode(f" {text}")))
-        words = dict.fromkeys((f"word{digit}" for digit in range(10)), (self._words or [""])[0])
+        words = dict.fromkeys((f"word{digit}" for digit in range(10)), self._most_tokens(self._words))
         frames = (sum(map(len, self._frame(*pair, value, words))) for pair in product(data.relations, keys))
         return max(frames) + 2  # A word may be cut otherwise beside another one.
+
+    def _most_tokens(self, words: Sequence[str]) -> str:
+        return max(words, key=lambda word: len(self.tokenizer.encode(f" {word}")), default="")
 
     def document(self, random: np.random.Generator, split: str, length: int) -> tuple[np.ndarray, int]:
         """Exactly `length` token ids, and where the answer begins."""
         data = self.data
         which = random.integers(len(data.relations))
-        words = {name: self._words[random.integers(len(self._words))] for name in self._asked[which]}
+        words = {name: self._word(random) for name in self._asked[which]}
         for _ in range(REJECTIONS):
             key, value = self._key(random), self._value(random)
             if data.split_of(key, value) == split:
@@ -191,7 +203,14 @@ class NeedleDocuments:
         return " ".join(words[random.integers(len(words))] for words in values)
 
     def _several(self, random: np.random.Generator, most: int) -> str:
-        return " ".join(self._names[random.integers(len(self._names))] for _ in range(random.integers(1, most + 1)))
+        text = self._names[random.integers(len(self._names))]
+        for _ in range(random.integers(most)):
+            text += JOINS[random.integers(len(JOINS))] + self._names[random.integers(len(self._names))]
+        return text
+
+    def _word(self, random: np.random.Generator) -> str:
+        """As likely one of the ten commonest as one of the ninety after them."""
+        return self._words[int(len(self._words) ** random.random()) - 1]
 
     def row(self, random: np.random.Generator, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
         """inputs_T and targets_T; in training of several documents, else of one."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import tokenizers as backends
 
 from rodimus_lab.data.corpora import open_corpus
+from rodimus_lab.data.hub import quiet_hub
 from rodimus_lab.data.storage import cache_root, data_root, whole_file
 from rodimus_lab.errors import UserError
 from rodimus_lab.registry import Registry
@@ -204,6 +205,7 @@ def _whole(name: str, file: str, repository: str) -> backends.Tokenizer:
 
 def _from_hub(name: str, repository: str, files: str) -> backends.Tokenizer:
     try:
+        quiet_hub()
         return backends.Tokenizer.from_pretrained(repository)
     except Exception as error:
         raise UserError(

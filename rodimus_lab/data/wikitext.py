@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from rodimus_lab.data.corpus import CORPORA, Corpus
 from rodimus_lab.data.files import files_fingerprint, reading
+from rodimus_lab.data.hub import quiet_hub
 from rodimus_lab.data.storage import data_root
 from rodimus_lab.errors import UserError
 
@@ -71,9 +72,7 @@ class WikiText(Corpus):
                 f"the {split} split of {self.name} is not local and the package 'datasets' is missing; {mend}, or "
                 "pip install -e '.[data]'"
             ) from None
-        from huggingface_hub.utils import logging as hub_logging
-
-        hub_logging.set_verbosity_error()  # It tells of each of its attempts; the error below says it once.
+        quiet_hub()
         repository, revision = self.hub
         try:
             hub_split = "validation" if split == "valid" else split

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from rodimus_lab.data import describe, list_corpora, open_corpus
+from rodimus_lab.data import describe, list_corpora, load_tokenizer, open_corpus
 from rodimus_lab.data.pydoc import extract, split_of
 from rodimus_lab.errors import UserError
 
@@ -205,6 +206,32 @@ def test_without_network_the_error_names_the_corpus_and_both_mends(tmp_path):
         assert words in corpus
     for words in ("'gpt2'", "RODIMUS_LAB_DATA", "tokenizers/gpt2/{encoder.json,vocab.bpe}", "network access"):
         assert words in tokenizer
+
+
+@pytest.mark.parametrize("ask", [lambda: load_tokenizer("gpt-4"), lambda: list(open_corpus("pile").documents("train"))])
+def test_the_hubs_client_does_not_tell_of_its_attempts(monkeypatch, capfd, ask):
+    """The error says it once; the client's handler writes to the standard error that it found at its import."""
+    from huggingface_hub.utils import logging as hub_logging
+
+    def attempt(*_, **__):
+        hub_logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        raise OSError("Name or service not known")
+
+    monkeypatch.delenv("RODIMUS_LAB_DATA", raising=False)
+    backends = SimpleNamespace(Tokenizer=SimpleNamespace(from_pretrained=attempt))
+    monkeypatch.setattr("rodimus_lab.data.tokenizers.backends", backends)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", attempt)
+    level = hub_logging.get_verbosity()
+    handler = logging.StreamHandler()
+    hub_logging.get_logger("huggingface_hub").addHandler(handler)
+    try:
+        hub_logging.set_verbosity_warning()
+        with pytest.raises(UserError, match="the Hub does not give"):
+            ask()
+    finally:
+        hub_logging.set_verbosity(level)
+        hub_logging.get_logger("huggingface_hub").removeHandler(handler)
+    assert "Retrying" not in capfd.readouterr().err
 
 
 def test_the_hubs_lines_are_read_as_a_files(monkeypatch, tmp_path):

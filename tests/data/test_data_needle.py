@@ -173,25 +173,37 @@ def test_a_task_that_makes_no_sense_is_refused(make, message) -> None:
         make()
 
 
-def test_values_of_the_tokenizers_own_words(prepared) -> None:
-    documents = NeedleDocuments(DATA.replace(values=3), prepared)
+def test_values_of_the_corpus_own_words(prepared) -> None:
+    documents = NeedleDocuments(DATA.replace(values=3, shortest=60), prepared)
+    tokenizer = documents.tokenizer
+    corpus = tokenizer.decode(np.concatenate(prepared.shards("train")).tolist())
     seen = {split: set() for split in ("train", "valid", "test")}
     for number in range(300):
         split = tuple(seen)[number % 3]
-        ids, at = documents.document(rng(1, number), split, 60)
+        ids, at = documents.document(rng(1, number), split, 80)
         seen[split].add(parts(documents, ids, at)[1].removeprefix(" It is ").removesuffix("."))
-    words = [value.split(" ") for value in set.union(*seen.values())]
+    values = set.union(*seen.values())
+    words = [value.replace(" of the ", " ").replace(" of ", " ").split(" ") for value in values]
     assert {len(value) for value in words} == {1, 2, 3}
-    for word in {word for value in words for word in value}:
-        assert word[0].isupper()
-        assert len(documents.tokenizer.encode(f" {word}")) == 1
+    assert {" of " in value for value in values} == {False, True}
+    lengths = {word: len(tokenizer.encode(f" {word}")) for word in {word for value in words for word in value}}
+    assert all(word[0].isupper() and f" {word}" in corpus for word in lengths)
+    assert set(lengths.values()) == {1, 2, 3}, "parts of words are to be copied, too"
     assert not seen["train"] & (seen["valid"] | seen["test"])
 
 
-def test_a_tokenizer_without_such_words_is_named(prepared, monkeypatch) -> None:
+def test_a_corpus_without_such_words_is_named(prepared, monkeypatch) -> None:
     monkeypatch.setattr(type(prepared.tokenizer()), "decode", lambda self, ids: "low")
-    with pytest.raises(UserError, match="'pydoc-4096' has no capitalised words of one token; list the keys"):
+    with pytest.raises(UserError, match="'pydoc' has no capitalised words; list the keys"):
         NeedleDocuments(DATA.replace(values=3), prepared)
+
+
+def test_no_document_is_longer_than_the_longest_frame(prepared) -> None:
+    relation = RELATION.replace(question="\n{word0} {word1} of {key}?")
+    documents = NeedleDocuments(DATA.replace(relations=(relation,), keys=3, values=3, shortest=100), prepared)
+    assert documents.longest_frame < 100
+    for number in range(2000):  # Raises where a frame has no room.
+        documents.document(rng(5, number), "train", documents.longest_frame)
 
 
 def test_sentences_and_keys_of_drawn_words(prepared) -> None:
@@ -199,20 +211,21 @@ def test_sentences_and_keys_of_drawn_words(prepared) -> None:
     relation = Relation(
         needle="By {key} the {word1} {word0} is {value}.", question="\nThe {word1} {word0}?", answer=" It is {value}."
     )
-    documents = NeedleDocuments(DATA.replace(relations=(relation,), keys=2, values=1, shortest=45), prepared)
+    documents = NeedleDocuments(DATA.replace(relations=(relation,), keys=2, values=1, shortest=55), prepared)
     seen = set()
-    for number in range(20):
-        ids, at = documents.document(rng(2, number), "train", 70)
+    for number in range(40):
+        ids, at = documents.document(rng(2, number), "train", 80)
         prompt, answer = parts(documents, ids, at)
         words = prompt.rpartition("\nThe ")[2].removesuffix("?")
         value = answer.removeprefix(" It is ")
-        key, _, rest = prompt.partition("\nBy ")[2].partition(" the ")
-        assert rest.startswith(f"{words} is {value}\n")
-        assert 1 <= len(key.split(" ")) <= 2
+        key, _, rest = prompt.partition("\nBy ")[2].partition(f" the {words} is ")
+        assert rest.startswith(f"{value}\n")
+        assert 1 <= len(key.replace(" of the ", " ").replace(" of ", " ").split(" ")) <= 2
         assert words.islower()
         seen.add(words)
-    assert len(seen) > 10
-    assert documents.longest_frame < 45
+    assert len(seen) > 20
+    frequent = [documents._word(rng(4, number)) for number in range(300)]
+    assert 0.2 < sum(word in documents._words[:10] for word in frequent) / 300 < 0.4
 
 
 def test_pairs_want_keys_that_are_listed() -> None:

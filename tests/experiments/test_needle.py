@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -61,12 +63,30 @@ def test_the_prompt_is_that_of_single_needle_retrieval(places) -> None:
 
 
 def test_no_needle_is_one_of_needlebench() -> None:
+    """Beside what is drawn, none of its sentences' words but the small ones stands in ours."""
     data = full().data
     assert isinstance(data, NeedleConfig)
-    texts = " ".join(relation.needle for relation in data.relations)
-    for theirs in ("The first band", "The ruler of", "The legendary item"):
-        assert theirs not in texts
-    assert len({relation.needle for relation in data.relations}) == len(data.relations) > 90
+    assert isinstance(data.keys, int)
+    assert isinstance(data.values, int)
+    theirs = {"first", "band", "perform", "ruler", "star", "system", "legendary", "item", "hidden", "island", "moon"}
+    for relation in data.relations:
+        said = relation.needle + relation.answer + relation.question.partition("question is: ")[2]
+        assert not theirs & set(re.findall(r"[a-z]+", re.sub(r"\{.*?\}", "", said).lower()))
+    assert len({relation.question for relation in data.relations}) == len(data.relations) > 90
+
+
+def test_the_sentence_differs_from_the_answer_in_every_way() -> None:
+    data = full().data
+    assert isinstance(data, NeedleConfig)
+    the_same = [relation.needle == relation.answer for relation in data.relations]
+    skipped = [relation.answer.replace(" the {value}", "________") in relation.question for relation in data.relations]
+    partly = ["{word1} {value}" in relation.needle for relation in data.relations]
+    for chosen in (the_same, skipped, partly):
+        assert 0.2 < sum(chosen) / len(chosen) < 0.6
+    assert not any(map(all, zip(the_same, partly, strict=True)))
+    for relation in data.relations:
+        gap = relation.question.rpartition("'")[0].rpartition("'")[2].removesuffix("________.")
+        assert relation.answer.startswith(gap), "the answer is not of the form that is asked for"
 
 
 def test_held_out_answers_are_counted_whole() -> None:
