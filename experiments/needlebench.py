@@ -20,11 +20,13 @@ from rich.console import Console
 from evals.needlebench import PRESETS, SUBTASKS, WEIGHTS, Cell, Source, Spec, evaluate, open_source, summarize
 from evals.needlebench.runner import BATCH_TOKENS, resumed
 from evals.needlebench.scores import by_length
-from evals.needlebench.spec import DEPTHS, Task
+from evals.needlebench.spec import DEPTHS, Language, Task
 from rodimus_lab.command import command
+from rodimus_lab.config import did_you_mean
 from rodimus_lab.convert import open_checkpoint
 from rodimus_lab.convert.provenance import Provenance, provenance
 from rodimus_lab.data import Tokenizer, load_tokenizer
+from rodimus_lab.errors import UserError
 from rodimus_lab.experiment import report
 from rodimus_lab.nn.model import LanguageModel
 from rodimus_lab.records import (
@@ -54,7 +56,7 @@ from rodimus_lab.report import (
 from rodimus_lab.report.artefacts import PAPER, belongs
 from rodimus_lab.train.progress import Progress
 
-TASKS = get_args(Task)
+TASKS, LANGUAGES = get_args(Task), get_args(Language)
 EXPERIMENT = "needlebench"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NAMES = {
@@ -118,6 +120,10 @@ def needlebench(
     from rodimus_lab.train.distributed import World, device_type
     from rodimus_lab.train.journal import device_facts
 
+    for option, given, known in (("--task", task, TASKS), ("--language", language, LANGUAGES)):
+        for one in given or ():
+            if one not in known:
+                raise UserError(f"{option} has no {one!r}{did_you_mean(one, known)}")
     spec = Spec.from_dict(
         {
             "lengths": length or PRESETS[preset],

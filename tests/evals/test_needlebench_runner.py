@@ -291,8 +291,8 @@ def test_ancestry_alone_has_no_heat_map(cli, smoke_run, tmp_path) -> None:
     ("arguments", "names"),
     [
         (["--preset", "2k"], ["--preset", "'2k'", "'16k'"]),
-        (["--task", "reading"], ["tasks", "'reading'", "'single_retrieval'", "'ancestry'"]),
-        (["--language", "de"], ["languages", "'de'", "'en'"]),
+        (["--task", "reading"], ["--task", "'reading'", "single_retrieval", "ancestry"]),
+        (["--language", "de"], ["--language", "'de'", "en, zh"]),
         (["--length", "0"], ["--length", "1"]),
         (["--length", "500", "--length", "500"], ["'lengths' names one thing twice"]),
         (["--depth", "101"], ["--depth", "100"]),
