@@ -68,16 +68,14 @@ def run_all(recipes: Sequence[Recipe], train_all: TrainAll) -> None:
     train_all(recipes)
     asked = {recipe.id for recipe in recipes}
     found = [record for record in load_records(experiment="mqar") if record.id in asked]
-    lacking = {_but_rate(recipe.to_dict()) for recipe in recipes if recipe.id not in {record.id for record in found}}
-    train_all(
-        contested(
-            [
-                record
-                for record in found
-                if record.metrics.get(METRIC, 0.0) > ENOUGH or _but_rate(record.recipe) not in lacking
-            ]
-        )
+    there = {record.id for record in found}
+    lacking = {_but_rate(recipe.to_dict()) for recipe in recipes if recipe.id not in there}
+    settled = (
+        record
+        for record in found
+        if record.metrics.get(METRIC, 0.0) > ENOUGH or _but_rate(record.recipe) not in lacking
     )
+    train_all(contested(list(settled)))
 
 
 def contested(records: Sequence[Record]) -> list[Recipe]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from rodimus_lab.experiment import Estimate, no_estimate
 from rodimus_lab.recipe import Recipe
 from rodimus_lab.records import Record, RunDir, describe_budget, runs_root
 from rodimus_lab.terminal import print_table
@@ -52,7 +53,7 @@ class Planned(NamedTuple):
 def plan(
     recipes: Iterable[Recipe],
     records: Sequence[Record],
-    estimate: Callable[[Recipe], float | None] = lambda recipe: None,
+    estimate: Estimate = no_estimate,
 ) -> Iterator[Planned]:
     """The recipes in order. A time is tokens over the speed of the newest record of the same model on a GPU, or of the
     base's, then scaled by the FLOPs of a token, else the experiment's `estimate`; evaluations and compilation are not
@@ -86,7 +87,7 @@ def show_plan(
     console: Console,
     *,
     as_json: bool,
-    estimate: Callable[[Recipe], float | None] = lambda recipe: None,
+    estimate: Estimate = no_estimate,
     later: int = 0,
 ) -> None:
     """List what would be trained, with the time where a speed was measured. The last `later` recipes are there because

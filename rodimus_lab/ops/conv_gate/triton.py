@@ -31,6 +31,7 @@ from rodimus_lab.ops.short_conv.sliding import (
     document_at,
     fit,
     input_at,
+    inputs_before,
     load_taps,
     rows_of_tile,
     steps,
@@ -58,11 +59,7 @@ def _forward_kernel(
     h_at = h_ptr + (token[:, None] * R + r[None, :])
     state_at = state_ptr + (b * (W - 1) + W - 1)[:, None] * M + m
     at = token[:, None] * M + m
-    xs, ids = (0.0,) * W, (0,) * W
-    for p in tl.static_range(-W, 0):
-        xs = push(xs, input_at(x_at + p * x_row, state_at, first + p, end, in_m, M, W, STATE).to(tl.float32))
-        if PACKED:
-            ids = push(ids, document_at(id_ptr + token + p, first + p, end))
+    xs, ids = inputs_before(x_at, state_at, id_ptr + token, first, end, in_m, M, x_row, W, STATE, PACKED)
     for step in tl.range(0, L, U, num_stages=STAGES):
         for u in tl.static_range(U):
             i = step + u

@@ -132,9 +132,9 @@ def _peer_why_not(
 
 
 def _triton(*arguments: Any) -> Any:
-    from rodimus_lab.ops.short_conv.triton import sliding
+    from rodimus_lab.ops.short_conv.triton import fused
 
-    return sliding(*arguments)
+    return fused(*arguments)
 
 
 def _triton_why_not(device: str, dtype: torch.dtype, width: int, packed: bool, state: bool, **_: Any) -> str | None:

@@ -48,6 +48,19 @@ def document_at(id_at, t, end):
 
 
 @triton.jit
+def inputs_before(
+    x_at, state_at, id_at, first, end, in_m, M, x_row, W: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """The W inputs before each row's stretch, the latest first, and their documents."""
+    xs, ids = (0.0,) * W, (0,) * W
+    for p in tl.static_range(-W, 0):
+        xs = push(xs, input_at(x_at + p * x_row, state_at, first + p, end, in_m, M, W, STATE).to(tl.float32))
+        if PACKED:
+            ids = push(ids, document_at(id_at + p, first + p, end))
+    return xs, ids
+
+
+@triton.jit
 def load_taps(weight_ptr, m, in_m, W: tl.constexpr):
     """The convolution's weights, the newest token's first."""
     taps = (0.0,) * W

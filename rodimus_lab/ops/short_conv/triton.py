@@ -25,6 +25,7 @@ from rodimus_lab.ops.short_conv.sliding import (
     document_at,
     fit,
     input_at,
+    inputs_before,
     load_taps,
     rows_of_tile,
     steps,
@@ -48,11 +49,7 @@ def _forward_kernel(
     x_at = x_ptr + (token[:, None] * x_row + m)
     y_at = y_out + (token[:, None] * M + m)
     state_at = state_ptr + (b * (W - 1) + W - 1)[:, None] * M + m
-    xs, ids = (0.0,) * W, (0,) * W
-    for p in tl.static_range(-W, 0):
-        xs = push(xs, input_at(x_at + p * x_row, state_at, first + p, end, in_m, M, W, STATE).to(tl.float32))
-        if PACKED:
-            ids = push(ids, document_at(id_ptr + token + p, first + p, end))
+    xs, ids = inputs_before(x_at, state_at, id_ptr + token, first, end, in_m, M, x_row, W, STATE, PACKED)
     for step in range(0, L, U):
         # All that the next U steps read is asked for before anything is written.
         news = (0.0,) * U
@@ -89,12 +86,8 @@ def _backward_kernel(
     dy_at = dy_ptr + (token[:, None] * dy_row + m)
     dx_at = dx_out + (token[:, None] * M + m)
     in_state = (b * (W - 1) + W - 1)[:, None] * M + m
-    xs, ids = (0.0,) * W, (0,) * W
-    for p in tl.static_range(-W, 0):
-        past = input_at(x_at + p * x_row, state_ptr + in_state, first + p, end, in_m, M, W, STATE)
-        xs = push(xs, past.to(tl.float32))
-        if PACKED:
-            ids = push(ids, document_at(id_ptr + token + p, first + p, end))
+    state_at = state_ptr + in_state
+    xs, ids = inputs_before(x_at, state_at, id_ptr + token, first, end, in_m, M, x_row, W, STATE, PACKED)
     zero = tl.zeros([S, BM], tl.float32)
     dcs, dbias, dtaps = (zero,) * W, zero, (zero,) * W
     for step in range(0, L + W - 1, U):
@@ -102,7 +95,7 @@ def _backward_kernel(
         for u in tl.static_range(U):
             s = step + u
             in_s = (first + s >= begin) & (first + s < end)
-            news = push(news, input_at(x_at + s * x_row, state_ptr + in_state, first + s, end, in_m, M, W, STATE))
+            news = push(news, input_at(x_at + s * x_row, state_at, first + s, end, in_m, M, W, STATE))
             dys = push(dys, tl.load(dy_at + s * dy_row, mask=in_s[:, None] & in_m, other=0.0))
         for u in tl.static_range(U):
             s = step + u
@@ -228,7 +221,7 @@ def _backward_of(ctx: Any, dy: Tensor) -> Any:
 _forward.register_autograd(_backward_of, setup_context=_setup_context)
 
 
-def sliding(
+def fused(
     x_BTD: Tensor,
     weight_DW: Tensor,
     bias_D: Tensor | None,
