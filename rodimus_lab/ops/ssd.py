@@ -24,7 +24,7 @@ from rodimus_lab.ops.sequence import sequence_shard
 from rodimus_lab.ops.tracing import untraced
 
 CHUNK = 256  # of mamba-ssm's kernels, the authors' choice
-SHORT = 128  # Up to here the dual form's T x T scores are fewer than the states that the other forms write.
+SHORT = 128  # Up to here the dual is the faster on a CPU (docs/benchmarks.md); on a GPU it has not been timed.
 
 
 def ssd(
@@ -102,8 +102,8 @@ def _attention_form_why_not(packed: bool, split: bool, state: bool, **_: Any) ->
     return "it is for whole sequences from a zero state" if packed or split or state else None
 
 
-def _attention_form_pays(length: int, **_: Any) -> bool:
-    return length <= SHORT
+def _attention_form_pays(device: str, length: int, **_: Any) -> bool:
+    return device == "cpu" and length <= SHORT
 
 
 @untraced
