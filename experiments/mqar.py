@@ -262,7 +262,12 @@ def figure06(records: Sequence[Record], paper: PaperResults) -> Table:
         (Column("Width d"), [Cell(d) for _, _, d in rows]),
     ]
     at_hand = {setting: list(points.values()) for setting, points in found.items()}
-    measured = [column for budget, points in found.items() if points for column in columns(rows, points, budget)]
+    measured = [
+        column
+        for budget, points in found.items()
+        if points
+        for column in columns(rows, points, budget, RATES["6"], ENOUGH)
+    ]
     return Table.of(
         "Figure 6. Accuracy of recall (MQAR) by width",
         names + (measured or [(Column("Accuracy (%)"), [NOT_RUN] * len(rows))]),
@@ -296,7 +301,12 @@ def figure01b(records: Sequence[Record], paper: PaperResults) -> Table:
         ),
     ]
     at_hand = {setting: list(points.values()) for setting, points in found.items()}
-    measured = [column for budget, points in found.items() if points for column in columns(rows, points, budget)]
+    measured = [
+        column
+        for budget, points in found.items()
+        if points
+        for column in columns(rows, points, budget, RATES["1b"], ENOUGH)
+    ]
     table = Table.of(
         f"Figure 1b. Accuracy of recall (MQAR) by state expansion: {LONG} tokens, {PAPER_PAIRS[LONG]} pairs, "
         f"d = {LONG_WIDTH}",
@@ -398,7 +408,7 @@ def _figure(
     """A point is the best of its rates. Those of fewer than all `rates` so far are named, and drawn only where a run
     ended above 99 %: at the others another rate may do far better."""
     partly = {key for key, point in points.items() if not set(rates) <= set(point.by_rate)}
-    open_yet = {key for key in partly if points[key].accuracy <= ENOUGH}
+    open_yet = {key for key, point in points.items() if not point.is_settled(rates, ENOUGH)}
     lines, missing = list(quoted), []
     for name, xs in wanted:
         run = [x for x in xs if (name, x) in points and (name, x) not in open_yet]

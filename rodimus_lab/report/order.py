@@ -22,13 +22,13 @@ def with_order(
     Rows are told by the columns `names`; only rows that agree in the columns `within` are compared, and of these every
     pair that the paper's printed digits tell apart. Where both rows are means over seeds, a pair counts only if the
     means are further apart than twice the standard error of their difference; of single seeds the noise is not known,
-    and the sentence says so.
+    and the sentence says so. Cells that are not settled are left out.
     """
     places = {column.name: index for index, column in enumerate(table.columns)}
     paper, measured = _columns(table, metric, quoted or metric)
     notes = []
     for index in measured:
-        rows = [row for row in table.rows if row[paper].is_number and row[index].is_number]
+        rows = [row for row in table.rows if row[paper].is_number and row[index].is_number and row[index].settled]
         pairs = [
             (first, second) if _number(first[paper]) < _number(second[paper]) else (second, first)
             for first, second in combinations(rows, 2)

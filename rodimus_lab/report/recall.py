@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,10 @@ class Best:
     @property
     def accuracy(self) -> float:
         return mean_accuracy(self.runs)
+
+    def is_settled(self, rates: Collection[float], enough: float) -> bool:
+        """Whether no rate of `rates` that is still missing could raise it: all are there, or it is above `enough`."""
+        return self.accuracy > enough or set(rates) <= set(self.by_rate)
 
 
 def mean_accuracy(runs: Sequence[Record]) -> float:

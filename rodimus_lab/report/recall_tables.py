@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rodimus_lab.records import Record, count_text
@@ -14,19 +15,27 @@ from rodimus_lab.report.table import Cell, Column
 
 
 def columns(
-    rows: Sequence[tuple[str, int, int]], points: Mapping[Any, Best], budget: str
+    rows: Sequence[tuple[str, int, int]],
+    points: Mapping[Any, Best],
+    budget: str,
+    rates: Sequence[float],
+    enough: float,
 ) -> list[tuple[Column, list[Cell]]]:
-    """The best accuracy, its rate, and the accuracy at each rate."""
+    """The best accuracy, its rate, and the accuracy at each rate that was run. The best is settled where `is_settled`
+    says so."""
     found = [points.get(row) for row in rows]
-    rates = sorted({rate for best in found if best for rate in best.by_rate})
+    best_cells = [
+        replace(_accuracy(best.runs, budget), settled=best.is_settled(rates, enough)) if best else NOT_RUN
+        for best in found
+    ]
     columns = [
-        (Column("Accuracy (%)", "higher"), [_accuracy(best.runs if best else None, budget) for best in found]),
+        (Column("Accuracy (%)", "higher"), best_cells),
         (
             Column("Best rate"),
             [Cell(f"{best.lr:g}" if best else None, missing="") for best in found],
         ),
     ]
-    for rate in rates:
+    for rate in sorted({rate for best in found if best for rate in best.by_rate}):
         cells = [_accuracy(best.by_rate.get(rate) if best else None, budget) for best in found]
         columns.append((Column(f"at {rate:g} (%)"), cells))
     return columns
@@ -59,13 +68,12 @@ def beside(
     close: float,
     enough: float,
 ) -> list[str]:
-    """For every setting the `others` beside the best of `ours`, point by point. Points that a missing rate may still
-    raise are left out: those of fewer than all `rates`, and not above `enough`."""
+    """For every setting the `others` beside the best of `ours`, point by point, of those that are settled."""
     said = []
     for setting, points in found.items():
         at: dict[tuple[int, int], dict[str, Best]] = {}
         for point in points:
-            if point.accuracy > enough or set(rates) <= set(point.by_rate):
+            if point.is_settled(rates, enough):
                 at.setdefault((point.seq_len, point.width), {})[point.model] = point
         told: dict[str, list[tuple[str, float | None]]] = {"ahead": [], "behind": [], "level": []}
         for _, models in sorted(at.items()):

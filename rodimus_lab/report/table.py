@@ -25,7 +25,8 @@ class Cell:
     `value` None is missing. `digits` are those after the point; left out, a paper's number keeps its printed digits and
     any other number all it has. A measured number must name its run (several joined by "; "), corpus, budget and
     device; `std` is the sample standard deviation over `count` runs with different seeds, of which `value` is the mean;
-    `stderr` the standard error of one run over its test items. `missing` is what stands where there is no value.
+    `stderr` the standard error of one run over its test items. `missing` is what stands where there is no value. What
+    runs that are still missing may change is not `settled`: nothing is said of its order.
     """
 
     value: float | str | None
@@ -41,6 +42,7 @@ class Cell:
     count: int = 1
     missing: str = MISSING
     stderr: float | None = None
+    settled: bool = True
 
     def __post_init__(self) -> None:
         origin = (self.run_id, self.corpus, self.budget, self.device)
