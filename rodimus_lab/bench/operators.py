@@ -37,7 +37,15 @@ from rodimus_lab.config import did_you_mean
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.heads import HeadKind, HeadSharing
 from rodimus_lab.nn.zoo import MODELS, SIZES
-from rodimus_lab.ops import attention, conv_gate, gated_linear, gated_norm, selective_scan, short_conv
+from rodimus_lab.ops import (
+    attention,
+    conv_gate,
+    gated_linear,
+    gated_norm,
+    selective_scan,
+    short_conv,
+    tempered_selection,
+)
 from rodimus_lab.ops.conv_gate import LowRankGate
 from rodimus_lab.registry import Registry
 from rodimus_lab.train.distributed import session
@@ -232,6 +240,30 @@ def conv_gate_cases(scene: Scene) -> Iterator[Problem]:
         output=(torch.empty_like(inputs["x"], device="meta"),) * 2,
         compilable=frozenset({"naive"}),
     )
+
+
+@CASES.register("tempered_selection")
+def tempered_selection_cases(scene: Scene) -> Iterator[Problem]:
+    N = 64
+
+    def run(x: Tensors, backend: str) -> tuple[Tensor, ...]:
+        _, k, logits = x["rows"].split([N, N, 2 * N], dim=-1)
+        return tempered_selection(k, logits, x["bias"], backend=backend)
+
+    for shape in ((4, 4096), (512, 128)) if scene.cuda else ((1, 512),):
+        B, T = scene.size(*shape)
+        inputs = {"rows": scene.draw(B, T, 4 * N), "bias": scene.draw(2 * N, dtype=torch.float32)}
+        k = inputs["rows"][..., :N]
+        yield Problem(
+            operator="tempered_selection",
+            case=f"B{B} T{T} n{N}",
+            shape={"batch": B, "length": T, "keys": N},
+            inputs=inputs,
+            run=run,
+            definition=lambda x: run(x, "naive"),
+            output=(torch.empty_like(k, dtype=torch.float32, device="meta"), torch.empty_like(k, device="meta")),
+            compilable=frozenset({"naive"}),
+        )
 
 
 @CASES.register("gated_norm")

@@ -35,6 +35,7 @@ from rodimus_lab.ops.gated_linear import gated_linear
 from rodimus_lab.ops.gated_norm import gated_norm
 from rodimus_lab.ops.rodimus_step import RodimusWeights, rodimus_step
 from rodimus_lab.ops.segments import Segments
+from rodimus_lab.ops.tempered_selection import tempered_selection
 
 Positive = Annotated[int, Field(ge=1)]
 Open01 = Annotated[float, Field(gt=0, lt=1)]
@@ -316,22 +317,12 @@ class Rodimus(TokenMixer):
         return Gates(g_BTn, logits[..., config.n :].sigmoid())
 
     def _select(self, k_BTn: Tensor, gates: Tensor) -> tuple[Tensor | None, Tensor]:
-        """log alpha = -g tau and alpha_hat * k = g^tau * k, all in float32."""
-        dtype = k_BTn.dtype
-        k_BTn = at_least_fp32(k_BTn)
-        if self.config.key_norm:
-            k_BTn = F.normalize(k_BTn, dim=-1, eps=1e-12)
+        """log alpha = -g tau and alpha_hat * k = g^tau * k."""
+        config = self.config
         if self.gate_bias is None:
-            return None, k_BTn.to(dtype)
-        logits = (at_least_fp32(gates) + self.gate_bias).split(self.config.n, dim=-1)
-        g_BTn, log_g_BTn = F.softplus(logits[0]), _log_softplus(logits[0])
-        if self.config.tau is None:
-            return -g_BTn, (g_BTn * k_BTn).to(dtype)
-        tau_BTn = logits[1].sigmoid() if self.config.tau.fixed is None else self.config.tau.fixed
-        return -g_BTn * tau_BTn, ((tau_BTn * log_g_BTn).exp() * k_BTn).to(dtype)
-
-
-def _log_softplus(x: Tensor) -> Tensor:
-    """log(softplus(x)), which is x itself to rounding far below 0, where softplus underflows."""
-    low = x < -30
-    return torch.where(low, x, F.softplus(x.masked_fill(low, 0.0)).log())
+            if config.key_norm:
+                k_BTn = F.normalize(at_least_fp32(k_BTn), dim=-1, eps=1e-12).to(k_BTn.dtype)
+            return None, k_BTn
+        fixed = config.tau.fixed if config.tau is not None else 1.0
+        tau = 1.0 if fixed is None else fixed
+        return tempered_selection(k_BTn, gates, self.gate_bias, tau=tau, key_norm=config.key_norm)

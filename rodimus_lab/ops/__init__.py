@@ -11,6 +11,7 @@ from rodimus_lab.ops.rodimus_step import rodimus_step
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.short_conv import short_conv
 from rodimus_lab.ops.ssd import ssd
+from rodimus_lab.ops.tempered_selection import tempered_selection
 from rodimus_lab.ops.wkv import wkv
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "selective_scan",
     "short_conv",
     "ssd",
+    "tempered_selection",
     "use_backend",
     "wkv",
 ]

@@ -1,5 +1,5 @@
-"""The fused operators around the recurrence, short_conv, conv_gate and gated_norm, against their definitions in
-float64: in Triton's interpreter on a CPU, for real on a GPU.
+"""The fused operators around the recurrence, short_conv, conv_gate, tempered_selection and gated_norm, against their
+definitions in float64: in Triton's interpreter on a CPU, for real on a GPU.
 
 Shapes: B batch, T time, M width, W convolution width, R rank.
 """
@@ -24,7 +24,7 @@ from rodimus_lab.errors import UserError
 from rodimus_lab.nn.mixer import Initializer
 from rodimus_lab.nn.recompute import recomputed
 from rodimus_lab.nn.rodimus import RodimusConfig
-from rodimus_lab.ops import Segments, conv_gate, gated_norm, short_conv, use_backend
+from rodimus_lab.ops import Segments, conv_gate, gated_norm, short_conv, tempered_selection, use_backend
 from rodimus_lab.ops.conv_gate import LowRankGate
 
 ON_GPU = torch.cuda.is_available()
@@ -136,9 +136,25 @@ def gated_norm_errors(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[s
     return errors(run, inputs, dtype)
 
 
+def selection_errors(shape: tuple[int, int, int], dtype: torch.dtype, spread: float = 2.0) -> dict[str, float]:
+    """Logits around 0, and `spread` apart."""
+    B, T, K = shape
+    # Queries, keys and logits are columns of one tensor, as the projection gives it.
+    inputs = {"rows": spread * torch.randn(B, T, 4 * K), "bias": spread * torch.randn(2 * K)}
+
+    def run(backend: str, rows: Tensor, bias: Tensor) -> Any:
+        q, k, logits = rows.split([K, K, 2 * K], dim=-1)
+        return *tempered_selection(k, logits, bias, backend=backend), q
+
+    return errors(run, inputs, dtype)
+
+
+FOUND = [short_conv_errors, conv_gate_errors, selection_errors, gated_norm_errors]
+
+
 @runs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32])
-@pytest.mark.parametrize("found", [short_conv_errors, conv_gate_errors, gated_norm_errors])
+@pytest.mark.parametrize("found", FOUND)
 def test_autocast_around_both_passes_changes_nothing(found: Callable[..., Any], dtype: torch.dtype) -> None:
     with torch.autocast(DEVICE, torch.bfloat16):
         check(found((2, 61, 24), dtype), dtype)
@@ -219,6 +235,32 @@ def test_gated_norm_at_odd_sizes(shape: tuple[int, int, int]) -> None:
 
 
 @runs_kernels
+@pytest.mark.parametrize("shape", [(2, 1, 24), (1, 5, 256), (2, 9, 64), (2, 150, 40), (1, 3, 1)])
+def test_tempered_selection_at_odd_sizes(shape: tuple[int, int, int]) -> None:
+    check(selection_errors(shape, torch.float32), torch.float32)
+
+
+@runs_kernels
+def test_tempered_selection_far_from_where_gates_start() -> None:
+    """Every number by itself, as a small gate is lost in the norm of all; the definition in float64."""
+    a = torch.tensor([-500.0, -88.0, -40.0, -29.9, -16.0, -15.1, -14.9, -5.0, -1e-6, 0.0, 1.0, 16.0, 21.0, 300.0])
+    t = torch.tensor([-60.0, -3.0, 0.0, 4.0, 60.0])
+    logits = torch.cat([a.repeat_interleave(5), t.repeat(14)]).expand(3, 2, 140)
+    k = torch.stack([torch.randn(2, 70), 1e-15 * torch.randn(2, 70), torch.zeros(2, 70)])
+    found = []
+    for backend, dtype in (("naive", torch.float64), ("triton", torch.float32)):
+        leaves = [x.to(DEVICE, dtype).clone().requires_grad_() for x in (k, logits, torch.zeros(140))]
+        log_alpha, taken = tempered_selection(*leaves, backend=backend)
+        weights = torch.linspace(0.5, 2.0, 70, device=DEVICE, dtype=dtype)
+        gradients = torch.autograd.grad((log_alpha * weights).sum() + (taken * weights.flip(0)).sum(), leaves)
+        found.append([log_alpha, taken, *gradients[:2]])
+    for name, want, got in zip(("log alpha", "keys", "dk", "dlogits"), *found, strict=True):
+        torch.testing.assert_close(
+            got.double(), want, rtol=1e-4 if ON_GPU else 2e-5, atol=1e-30, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@runs_kernels
 def test_a_state_does_not_keep_the_inputs_in_memory() -> None:
     x, weight, state = (torch.randn(*size, device=DEVICE) for size in ((2, 9, 32), (16, 4), (2, 3, 16)))
     gate = LowRankGate(*(torch.randn(*size, device=DEVICE) for size in ((4, 16), (16, 4), (16,))))
@@ -252,6 +294,7 @@ def test_vectors_of_parameters_may_be_strided(operator: str) -> None:
 def test_float16() -> None:
     check(short_conv_errors((1, 70, 48), torch.float16), torch.float16)
     check(conv_gate_errors((1, 70, 48), torch.float16), torch.float16)
+    check(selection_errors((1, 7, 48), torch.float16), torch.float16)
     check(gated_norm_errors((1, 7, 48), torch.float16), torch.float16)
 
 
@@ -261,6 +304,7 @@ def test_bfloat16_at_real_shapes(shape: tuple[int, int, int]) -> None:
     check(short_conv_errors(shape, torch.bfloat16, state=shape[0] == 3), torch.bfloat16)
     check(conv_gate_errors(shape, torch.bfloat16, state=shape[0] == 3), torch.bfloat16)
     check(gated_norm_errors(shape, torch.bfloat16), torch.bfloat16)
+    check(selection_errors((*shape[:2], 64), torch.bfloat16), torch.bfloat16)
 
 
 @pytest.mark.gpu
@@ -276,6 +320,8 @@ def test_the_same_bits_every_time() -> None:
         conv, v, _ = conv_gate(x, weight, bias, LowRankGate(*gate), backend="triton")
         other, _ = short_conv(z, weight, bias, silu=True, backend="triton")
         y = gated_norm(v, conv, other, bias, bias, eps=1e-5, backend="triton")
+        log_alpha, k = tempered_selection(y[..., :512], conv, bias, backend="triton")
+        y = y + torch.cat([log_alpha, k], dim=-1)
         runs.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
@@ -291,7 +337,9 @@ def test_the_mixer_on_either_backend(compiled: bool) -> None:
     u = torch.randn(2, 9, 16, device=DEVICE, requires_grad=True)
     found = []
     for backend in ("naive", "triton"):
-        with use_backend(conv_gate=backend, gated_norm=backend, short_conv="taps", gated_linear="chunked"):
+        with use_backend(
+            conv_gate=backend, tempered_selection=backend, gated_norm=backend, short_conv="taps", gated_linear="chunked"
+        ):
             run: Any = mixer
             if compiled and backend == "triton":
                 run = torch.compile(mixer, backend="aot_eager", fullgraph=True)
@@ -308,7 +356,7 @@ def test_recomputed_without_a_compiler() -> None:
     mixer = mixer.to(DEVICE)
     u = torch.randn(1, 9, 16, device=DEVICE, requires_grad=True)
     found = []
-    with use_backend(conv_gate="triton", gated_norm="triton", gated_linear="triton"):
+    with use_backend(conv_gate="triton", tempered_selection="triton", gated_norm="triton", gated_linear="triton"):
         for run in (mixer, partial(recomputed, mixer)):
             y, _ = run(u)
             found.append(torch.autograd.grad(y.square().sum(), [u, *mixer.parameters()]))
@@ -324,12 +372,17 @@ def test_what_they_cannot_do_is_said() -> None:
         short_conv(x, x.new_zeros(16, 9), backend="triton")
     with pytest.raises(UserError, match="no float64"):
         gated_norm(x.double(), x, x, x[0, 0], x[0, 0], eps=1.0, backend="triton")
+    with pytest.raises(UserError, match="no float64"):
+        tempered_selection(x.double(), x.repeat(1, 1, 2), x.new_zeros(32), backend="triton")
+    with pytest.raises(UserError, match="logits of g and tau"):
+        tempered_selection(x, x, x.new_zeros(16), backend="triton")
     with pytest.raises(UserError, match="takes a feedthrough"):
         gated_norm(x, x, x, None, x[0, 0], eps=1.0, backend="triton")
 
 
 FP32 = (
     "bias_ptr", "weight_ptr", "feed_ptr", "rstd_ptr", "rstd_out", "up_ptr", "up_bias_ptr", "down_ptr", "sums_out",
+    "log_alpha_out", "dlog_alpha_ptr",
 )  # fmt: skip
 GATE = {"R": 16, "BR": 16, "BM": 64, "STAGES": 2, "PRECISION": "tf32"}
 TILE = GATE | {"W": 4, "S": 16, "U": 4}
@@ -345,6 +398,8 @@ CONV = {"W": 4, "U": 8, "BIAS": True, "SILU": True}
         ("conv_gate", "_forward_kernel", 4, TILE | {"STATE": True, "PACKED": False}),
         ("conv_gate", "_backward_kernel", 4, TILE | {"STATE": False, "PACKED": True}),
         ("conv_gate", "_gate_kernel", 4, GATE | {"BT": 64}),
+        ("tempered_selection", "_forward_kernel", 8, {"BN": 32, "BM": 64, "STAGES": 1}),
+        ("tempered_selection", "_backward_kernel", 8, {"BN": 32, "BM": 64, "STAGES": 1}),
         ("gated_norm", "_forward_kernel", 8, {"BN": 1, "BM": 4096, "STAGES": 1}),
         ("gated_norm", "_backward_kernel", 16, {"BN": 4, "BM": 1024, "STAGES": 2}),
     ],

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rodimus_lab.ops.fast_math import sigmoid, times_sigmoid
-from rodimus_lab.ops.rows import as_rows
+from rodimus_lab.ops.rows import Walk, as_rows, walk
 from rodimus_lab.ops.tracing import opaque_operator
 
 
@@ -90,22 +90,8 @@ def _backward_kernel(
     tl.store(at + M, tl.sum(dweight, 0, keep_dims=True), mask=in_m)
 
 
-# Programs a multiprocessor; elements of a thread and of a tile, as a narrow row by itself is too little to read at a
-# time; the loop's stages: with 1 a tile is read when it is needed, with more it is read ahead, into shared memory.
-FORWARD = {"programs": 4, "elements": 32, "tile": 8192, "stages": 1}
-BACKWARD = {"programs": 1, "elements": 16, "tile": 4096, "stages": 3}
-
-
-def _launch(
-    x: Tensor, rows: int, *, programs: int, elements: int, tile: int, stages: int
-) -> tuple[int, int, dict[str, int]]:
-    """Programs, rows of each, padded sizes and warps."""
-    width = triton.next_power_of_2(x.shape[-1])
-    at_once = max(1, min(tile // width, triton.next_power_of_2(rows)))
-    wanted = programs * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1)
-    each = triton.cdiv(triton.cdiv(rows, wanted), at_once) * at_once
-    warps = min(16, max(1, at_once * width // (32 * elements)))
-    return triton.cdiv(rows, each), each, {"BN": at_once, "BM": width, "STAGES": stages, "num_warps": warps}
+FORWARD = Walk(programs=4, elements=32, tile=8192, stages=1)
+BACKWARD = Walk(programs=1, elements=16, tile=4096, stages=3)
 
 
 @opaque_operator("gated_norm")
@@ -115,7 +101,7 @@ def _forward(o: Tensor, x: Tensor, z: Tensor, feedthrough: Tensor, weight: Tenso
     rstd = o.new_empty(o.shape[:-1], dtype=torch.float32)
     o, x, z, feedthrough, weight = as_rows(o), as_rows(x), as_rows(z), feedthrough.contiguous(), weight.contiguous()
     N = o.shape[0]
-    programs, each, sizes = _launch(o, N, **FORWARD)
+    programs, each, sizes = walk(o, FORWARD)
     _forward_kernel[(programs,)](
         o, x, z, feedthrough, weight, y, rstd, N, M, each, o.stride(0), x.stride(0), z.stride(0), eps, **sizes
     )
@@ -136,7 +122,7 @@ def _backward(
     o, x, z, dy = as_rows(o), as_rows(x), as_rows(z), as_rows(dy)
     feedthrough, weight = feedthrough.contiguous(), weight.contiguous()
     N = o.shape[0]
-    programs, each, sizes = _launch(o, N, **BACKWARD)
+    programs, each, sizes = walk(o, BACKWARD)
     sums = o.new_empty(programs, 2, M, dtype=torch.float32)
     _backward_kernel[(programs,)](
         dy, o, x, z, feedthrough, weight, rstd, do, dz, sums, N, M, each,
