@@ -24,7 +24,7 @@ from rodimus_lab.registry import plain_spelling
 from rodimus_lab.report import FIGURES, NOT_RUN, Axis, Cell, Column, Figure, Line, PaperResults, Table, tell_points
 from rodimus_lab.report.order import with_order
 from rodimus_lab.report.recall import EXPANSION_FIELDS, METRIC, Best, best_points, spread_over_seeds, too_close
-from rodimus_lab.report.recall_tables import beside, columns, progress
+from rodimus_lab.report.recall_tables import aside, beside, columns, in_columns, progress
 from rodimus_lab.scoring import Precision
 
 LAYERS = 2
@@ -263,10 +263,7 @@ def figure06(records: Sequence[Record], paper: PaperResults) -> Table:
     ]
     at_hand = {setting: list(points.values()) for setting, points in found.items()}
     measured = [
-        column
-        for budget, points in found.items()
-        if points
-        for column in columns(rows, points, budget, RATES["6"], ENOUGH)
+        column for setting in in_columns(found) for column in columns(rows, found[setting], setting, RATES["6"], ENOUGH)
     ]
     return Table.of(
         "Figure 6. Accuracy of recall (MQAR) by width",
@@ -277,6 +274,7 @@ def figure06(records: Sequence[Record], paper: PaperResults) -> Table:
             *beside(at_hand, ("rodimus", "rodimus+"), FIGURE_6_MODELS[2:-1], RATES["6"], CLOSE, ENOUGH),
             _RULE,
             *progress(at_hand, RATES["6"], len(rows), "width"),
+            *aside(at_hand, RATES["6"], "width"),
             _CONTINUE.format(figure="6"),
         ],
     )
@@ -303,9 +301,8 @@ def figure01b(records: Sequence[Record], paper: PaperResults) -> Table:
     at_hand = {setting: list(points.values()) for setting, points in found.items()}
     measured = [
         column
-        for budget, points in found.items()
-        if points
-        for column in columns(rows, points, budget, RATES["1b"], ENOUGH)
+        for setting in in_columns(found)
+        for column in columns(rows, found[setting], setting, RATES["1b"], ENOUGH)
     ]
     table = Table.of(
         f"Figure 1b. Accuracy of recall (MQAR) by state expansion: {LONG} tokens, {PAPER_PAIRS[LONG]} pairs, "
@@ -315,6 +312,7 @@ def figure01b(records: Sequence[Record], paper: PaperResults) -> Table:
             "The paper's points are read by eye off the picture, to about 1 % of the axis.",
             _RULE,
             *progress(at_hand, RATES["1b"], len(rows), "expansion"),
+            *aside(at_hand, RATES["1b"], "expansion"),
             _CONTINUE.format(figure="1b"),
         ],
     )

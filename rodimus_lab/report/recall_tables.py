@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,8 @@ from rodimus_lab.report.comparison import NOT_RUN
 from rodimus_lab.report.figure import tell_points
 from rodimus_lab.report.recall import METRIC, Best
 from rodimus_lab.report.table import Cell, Column
+
+FEW = 0.25
 
 
 def columns(
@@ -39,6 +41,28 @@ def columns(
         cells = [_accuracy(best.by_rate.get(rate) if best else None, budget) for best in found]
         columns.append((Column(f"at {rate:g} (%)"), cells))
     return columns
+
+
+def in_columns(found: Mapping[str, Collection[Any]]) -> list[str]:
+    """The settings that get columns of their own: those with at least `FEW` of the points of the one with the most."""
+    most = max(map(len, found.values()), default=0)
+    return [setting for setting, points in found.items() if points and len(points) >= FEW * most]
+
+
+def aside(found: Mapping[str, Sequence[Best]], rates: Sequence[float], x: str) -> list[str]:
+    """The points of all other settings, in words."""
+    shown = in_columns(found)
+    return [
+        f"Also run, {setting}, too few points for columns: "
+        + "; ".join(
+            f"{_named(point)} at {getattr(point, x)} {100 * point.accuracy:.1f}% at {point.lr:g}, the best of "
+            f"{len(set(rates) & set(point.by_rate))} of {len(rates)} rates ({', '.join(run.id for run in point.runs)})"
+            for point in sorted(points, key=lambda point: (point.seq_len, point.model, getattr(point, x) or 0))
+        )
+        + "."
+        for setting, points in found.items()
+        if points and setting not in shown
+    ]
 
 
 def progress(found: Mapping[str, Sequence[Best]], rates: Sequence[float], rows: int, x: str) -> list[str]:

@@ -232,6 +232,17 @@ def test_the_tables_say_what_is_missing_and_what_became_of_the_papers_order():
     assert "whether its order holds is not known" in text, "the rate that mamba2 lacks may raise it"
 
 
+def test_a_setting_of_few_points_is_told_below_the_table():
+    found = runs([0.1, 0.5, 0.9, 0.2] * 12, model="rodimus")
+    (one,) = (recipe for recipe in mqar("6", model="rodimus", length=128, width=64, lr=1e-2, budget="short"))
+    few = record(one, 0.4)
+    text = to_markdown(figure06([*found, few], PAPER))
+    assert "(mqar, paper budget" in text
+    assert "(mqar, short" not in text
+    assert f"rodimus (128 tokens) at 64 40.0% at 0.01, the best of 1 of 4 rates ({few.id})." in text
+    assert "(mqar, short" in to_markdown(figure06([found[0], few], PAPER))
+
+
 def test_figure_1b_has_the_papers_points_and_ours():
     found = runs([0.3, 0.6, 0.2], figure="1b", model="rodimus", expansion=64)
     figure = draw_figure_1b(found, PAPER)
