@@ -65,7 +65,7 @@ def log_softplus(x: Tensor) -> Tensor:
 def _triton(k_BTn: Tensor, logits_BTr: Tensor, bias_r: Tensor, tau: float, key_norm: bool) -> Any:
     from rodimus_lab.ops.tempered_selection.triton import fused
 
-    return fused(k_BTn, logits_BTr, bias_r)
+    return fused(k_BTn, logits_BTr, bias_r, EPS)
 
 
 def _triton_why_not(device: str, dtype: torch.dtype, whole: bool, keys: int) -> str | None:

@@ -22,10 +22,7 @@ from torch import Tensor
 
 from rodimus_lab.ops.fast_math import divide, fast_exp, fast_log, sigmoid
 from rodimus_lab.ops.rows import Walk, as_rows, walk
-from rodimus_lab.ops.tempered_selection.dispatch import EPS
 from rodimus_lab.ops.tracing import opaque_operator
-
-TINY = tl.constexpr(EPS)
 
 
 @triton.jit
@@ -50,7 +47,7 @@ def _softplus(a):
 
 @triton.jit
 def _forward_kernel(
-    k_ptr, logits_ptr, bias_ptr, log_alpha_out, k_out, N, K, L, k_row, logits_row,
+    k_ptr, logits_ptr, bias_ptr, log_alpha_out, k_out, N, K, L, k_row, logits_row, eps,
     BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """L rows."""
@@ -66,7 +63,7 @@ def _forward_kernel(
         k = tl.load(k_ptr + (n * k_row + m), mask=here, other=0.0).to(tl.float32)
         a = tl.load(logits_ptr + (n * logits_row + m), mask=here, other=0.0).to(tl.float32) + bias_g
         t = tl.load(logits_ptr + (n * logits_row + K + m), mask=here, other=0.0).to(tl.float32) + bias_tau
-        unit = 1.0 / tl.maximum(tl.sqrt(tl.sum(k * k, 1, keep_dims=True)), TINY)
+        unit = 1.0 / tl.maximum(tl.sqrt(tl.sum(k * k, 1, keep_dims=True)), eps)
         g, log_g, _ = _softplus(a)
         tau = sigmoid(t)
         tl.store(log_alpha_out + (n * K + m), -g * tau, mask=here)
@@ -76,7 +73,7 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     k_ptr, logits_ptr, bias_ptr, dlog_alpha_ptr, dk_ptr, dk_out, dlogits_out, sums_out,
-    N, K, L, k_row, logits_row, dlog_alpha_row, dk_row,
+    N, K, L, k_row, logits_row, dlog_alpha_row, dk_row, eps,
     BN: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """L rows."""
@@ -97,14 +94,14 @@ def _backward_kernel(
         dlog_alpha = tl.load(dlog_alpha_ptr + (n * dlog_alpha_row + m), mask=here, other=0.0).to(tl.float32)
         dtaken = tl.load(dk_ptr + (n * dk_row + m), mask=here, other=0.0).to(tl.float32)
         norm = tl.sqrt(tl.sum(k * k, 1, keep_dims=True))
-        unit = 1.0 / tl.maximum(norm, TINY)
+        unit = 1.0 / tl.maximum(norm, eps)
         k = k * unit
         g, log_g, slope = _softplus(a)
         tau = sigmoid(t)
         dk = dtaken * fast_exp(tau * log_g)
         along = dk * k  # also the gradient of tau log g
-        # A key shorter than TINY is divided by a constant.
-        turned = tl.where(norm > TINY, tl.sum(along, 1, keep_dims=True), 0.0)
+        # A key shorter than eps is divided by a constant.
+        turned = tl.where(norm > eps, tl.sum(along, 1, keep_dims=True), 0.0)
         tl.store(dk_out + (n * K + m), ((dk - k * turned) * unit).to(dk_out.dtype.element_ty), mask=here)
         da = tau * slope * (along - dlog_alpha * g)
         dt = (along * log_g - dlog_alpha * g) * (tau - tau * tau)
@@ -123,24 +120,26 @@ BACKWARD = Walk(programs=4, elements=8, tile=1024, stages=1)
 
 
 @opaque_operator("tempered_selection")
-def _forward(k: Tensor, logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(k: Tensor, logits: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """log alpha in float32, and the keys that are taken in."""
     log_alpha, taken, K = k.new_empty(k.shape, dtype=torch.float32), k.new_empty(k.shape), k.shape[-1]
     k, logits, bias = as_rows(k), as_rows(logits), bias.contiguous()
     N = k.shape[0]
     programs, each, sizes = walk(k, FORWARD)
-    _forward_kernel[(programs,)](k, logits, bias, log_alpha, taken, N, K, each, k.stride(0), logits.stride(0), **sizes)
+    _forward_kernel[(programs,)](
+        k, logits, bias, log_alpha, taken, N, K, each, k.stride(0), logits.stride(0), eps, **sizes
+    )
     return log_alpha, taken
 
 
 @_forward.register_fake
-def _(k: Tensor, logits: Tensor, bias: Tensor) -> Any:
+def _(k: Tensor, logits: Tensor, bias: Tensor, eps: float) -> Any:
     return k.new_empty(k.shape, dtype=torch.float32), k.new_empty(k.shape)
 
 
 @opaque_operator("tempered_selection_backward")
 def _backward(
-    k: Tensor, logits: Tensor, bias: Tensor, dlog_alpha: Tensor, dtaken: Tensor
+    k: Tensor, logits: Tensor, bias: Tensor, eps: float, dlog_alpha: Tensor, dtaken: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the keys and the logits, and in float32 that of the bias."""
     dk, dlogits, K = k.new_empty(k.shape), logits.new_empty(logits.shape), k.shape[-1]
@@ -150,29 +149,30 @@ def _backward(
     sums = k.new_empty(programs, 2 * K, dtype=torch.float32)
     _backward_kernel[(programs,)](
         k, logits, bias, dlog_alpha, dtaken, dk, dlogits, sums, N, K, each,
-        k.stride(0), logits.stride(0), dlog_alpha.stride(0), dtaken.stride(0), **sizes,
+        k.stride(0), logits.stride(0), dlog_alpha.stride(0), dtaken.stride(0), eps, **sizes,
     )  # fmt: skip
     return dk, dlogits, sums.sum(0)
 
 
 @_backward.register_fake
-def _(k: Tensor, logits: Tensor, bias: Tensor, dlog_alpha: Tensor, dtaken: Tensor) -> Any:
+def _(k: Tensor, logits: Tensor, bias: Tensor, eps: float, dlog_alpha: Tensor, dtaken: Tensor) -> Any:
     return k.new_empty(k.shape), logits.new_empty(logits.shape), bias.new_empty(bias.shape, dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward_of(ctx: Any, dlog_alpha: Tensor, dtaken: Tensor) -> Any:
     saved = ctx.saved_tensors
-    dk, dlogits, dbias = _backward(*saved, dlog_alpha, dtaken)
-    return dk, dlogits, dbias.to(saved[2].dtype)
+    dk, dlogits, dbias = _backward(*saved, ctx.eps, dlog_alpha, dtaken)
+    return dk, dlogits, dbias.to(saved[2].dtype), None
 
 
 _forward.register_autograd(_backward_of, setup_context=_setup_context)
 
 
-def fused(k_BTn: Tensor, logits_BTr: Tensor, bias_r: Tensor) -> tuple[Tensor, Tensor]:
+def fused(k_BTn: Tensor, logits_BTr: Tensor, bias_r: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `tempered_selection`. Computes in float32."""
-    return _forward(k_BTn, logits_BTr, bias_r)
+    return _forward(k_BTn, logits_BTr, bias_r, eps)
