@@ -28,13 +28,13 @@ class Walk(NamedTuple):
 
 
 def walk(x_NM: Tensor, how: Walk) -> tuple[int, int, dict[str, int]]:
-    """Programs, rows of each, and the kernel's constants: BN rows at a time, M padded to BM."""
+    """Programs (none for no rows), rows of each, and the kernel's constants: BN rows at a time, M padded to BM."""
     rows, width = x_NM.shape[0], triton.next_power_of_2(x_NM.shape[1])
     at_once = max(1, min(how.tile // width, triton.next_power_of_2(rows)))
     wanted = how.programs
     if x_NM.is_cuda:
         wanted *= torch.cuda.get_device_properties(x_NM.device).multi_processor_count
-    each = triton.cdiv(triton.cdiv(rows, wanted), at_once) * at_once
+    each = max(1, triton.cdiv(triton.cdiv(rows, wanted), at_once)) * at_once
     warps = min(16, max(1, at_once * width // (32 * how.elements)))
     return triton.cdiv(rows, each), each, {"BN": at_once, "BM": width, "STAGES": how.stages, "num_warps": warps}
 

@@ -241,6 +241,13 @@ def test_tempered_selection_at_odd_sizes(shape: tuple[int, int, int]) -> None:
 
 
 @runs_kernels
+@pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24)])
+@pytest.mark.parametrize("found", [selection_errors, gated_norm_errors])
+def test_without_a_single_row(found: Callable[..., Any], shape: tuple[int, int, int]) -> None:
+    check(found(shape, torch.float32), torch.float32)
+
+
+@runs_kernels
 def test_tempered_selection_far_from_where_gates_start() -> None:
     """Every number by itself, as a small gate is lost in the norm of all; the definition in float64."""
     a = torch.tensor([-500.0, -88.0, -40.0, -29.9, -16.0, -15.1, -14.9, -5.0, -1e-6, 0.0, 1.0, 16.0, 21.0, 300.0])
