@@ -10,7 +10,9 @@ from itertools import combinations
 from rodimus_lab.report.table import Cell, Table
 
 SHOWN = 3  # exceptions that a sentence names
-UNKNOWN = "No two rows that the paper orders have been run at one setting, so whether its order holds is not known."
+UNKNOWN = (
+    "No two rows that the paper orders have all their runs at one setting, so whether its order holds is not known."
+)
 
 
 def with_order(

@@ -46,7 +46,8 @@ class Best:
         return mean_accuracy(self.runs)
 
     def is_settled(self, rates: Collection[float], enough: float) -> bool:
-        """Whether no rate of `rates` that is still missing could raise it: all are there, or it is above `enough`."""
+        """Whether no rate of `rates` that is still missing matters: all are there, or it is above `enough`, beyond
+        which nothing is told apart."""
         return self.accuracy > enough or set(rates) <= set(self.by_rate)
 
 

@@ -26,7 +26,7 @@ class Cell:
     any other number all it has. A measured number must name its run (several joined by "; "), corpus, budget and
     device; `std` is the sample standard deviation over `count` runs with different seeds, of which `value` is the mean;
     `stderr` the standard error of one run over its test items. `missing` is what stands where there is no value. What
-    runs that are still missing may change is not `settled`: nothing is said of its order.
+    runs that are still missing may change is not `settled`: no sentence tells of its order.
     """
 
     value: float | str | None
