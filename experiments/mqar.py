@@ -374,7 +374,7 @@ _WORDS = (
 
 
 def _in_6(point: Best) -> bool:
-    return point.seq_len in LENGTHS and point.num_pairs == PAPER_PAIRS[point.seq_len]
+    return point.model in FIGURE_6_MODELS and point.seq_len in LENGTHS and point.num_pairs == PAPER_PAIRS[point.seq_len]
 
 
 def _in_1b(point: Best) -> bool:

@@ -229,7 +229,17 @@ def test_the_tables_say_what_is_missing_and_what_became_of_the_papers_order():
     assert "0 of 1 pairs of rows stand as in the paper; (rodimus 64) is not above (mamba2 64)" in text
     assert "6 of the figure's 60 runs." in text
     text = to_markdown(figure01b(found[:-1], PAPER))
-    assert "whether its order holds is not known" in text, "the rate that mamba2 lacks may raise it"
+    assert "have all their runs at one setting, so whether its order holds is not known" in text, (
+        "the rate that mamba2 lacks may raise it"
+    )
+
+
+def test_models_that_figure_6_has_not_are_none_of_its_runs():
+    found = runs([0.1, 0.5, 0.9, 0.2], model="rodimus", length=128, width=64)
+    found += runs([0.1, 0.5, 0.9, 0.2] * 4, model="gla", length=128)
+    text = to_markdown(figure06(found, PAPER))
+    assert "bf16: 4 of the figure's 336 runs." in text
+    assert "gla" not in text
 
 
 def test_a_setting_of_few_points_is_told_below_the_table():
