@@ -111,7 +111,7 @@ class Recipe(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     budget: BudgetConfig
     precision: Precision = "bf16"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     evaluators: tuple[str, ...] = ("perplexity",)
 
     @model_validator(mode="after")

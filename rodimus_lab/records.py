@@ -171,6 +171,22 @@ class RunDir:
     def finished(self) -> bool:
         return (self.path / RECORD).is_file()
 
+    def read_record(self) -> dict[str, Any]:
+        """The record of a finished run. Raises `UserError` for one that is not whole or not this run's."""
+        path = self.path / RECORD
+        mend = "restore the file, or delete it and run again"
+        values = _read_object(path, mend)
+        for name, kind in _RECORD_FIELDS.items():
+            if not isinstance(values.get(name), kind):
+                raise UserError(f"{path} has no valid {name!r}; {mend}")
+        if not isinstance(values["budget"].get("steps"), int) or not isinstance(values["budget"].get("name"), str):
+            raise UserError(f"{path} has no valid budget; {mend}")
+        if (values["experiment"], values["id"]) != (self.experiment, self.id):
+            raise UserError(
+                f"{path} is the record of {values['experiment']}/{values['id']}; move it back to that folder"
+            )
+        return values
+
     def create(self, recipe: Mapping[str, Any]) -> None:
         """Write `recipe.json`; one that is there already must hold the same recipe, else `UserError`."""
         path = self.path / RECIPE
@@ -207,7 +223,8 @@ class RunDir:
         path, size = self.path / METRICS, self.metrics_size()
         if byte_length > size:
             raise UserError(
-                f"{path} has {size} bytes, fewer than the {byte_length} of the checkpoint; restore it or delete the run"
+                f"{path} has {size} bytes, fewer than the {byte_length} of the checkpoint; restore it, or start the "
+                "run again with --no-resume"
             )
         if size:
             os.truncate(path, byte_length)
@@ -295,15 +312,7 @@ _RECORD_FIELDS: dict[str, type] = {
 
 
 def _load_record(run: RunDir) -> Record:
-    path = run.path / RECORD
-    values = _read_object(path)
-    for name, kind in _RECORD_FIELDS.items():
-        if not isinstance(values.get(name), kind):
-            raise UserError(f"{path} has no valid {name!r}; restore the file, or delete it and run again")
-    if not isinstance(values["budget"].get("steps"), int) or not isinstance(values["budget"].get("name"), str):
-        raise UserError(f"{path} has no valid budget; restore the file, or delete it and run again")
-    if (values["experiment"], values["id"]) != (run.experiment, run.id):
-        raise UserError(f"{path} is the record of {values['experiment']}/{values['id']}; move it back to that folder")
+    values = run.read_record()
     return Record(
         **{name: values[name] for name in _RECORD_FIELDS},
         recipe=_read_object(run.path / RECIPE),
@@ -330,22 +339,23 @@ def _check_name(what: str, name: str) -> None:
         raise UserError(f"{name!r} is not a valid {what}; use letters, digits and . _ + - only")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+MEND = "restore the file, or delete the run's folder and run again"
+
+
+def _read_object(path: Path, mend: str = MEND) -> dict[str, Any]:
     try:
-        return _parse_object(path.read_bytes(), str(path))
+        return _parse_object(path.read_bytes(), str(path), mend)
     except OSError as error:
-        raise UserError(
-            f"cannot read {path} ({_reason(error)}); restore the file, or delete the run's folder and run again"
-        ) from None
+        raise UserError(f"cannot read {path} ({_reason(error)}); {mend}") from None
 
 
-def _parse_object(text: bytes, where: str) -> dict[str, Any]:
+def _parse_object(text: bytes, where: str, mend: str = MEND) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise UserError(f"{where} is not a JSON object; restore the file, or delete the run's folder and run again")
+        raise UserError(f"{where} is not a JSON object; {mend}")
     return value
 
 

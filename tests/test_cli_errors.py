@@ -70,6 +70,8 @@ def refused(result, *names):
         (["wikitext103", "--dropout", "nan"], ["--dropout"]),
         (["wikitext103", "--dropout", "much"], ["--dropout", "number"]),
         (["wikitext103", "--seed", "-1"], ["--seed", "greater than or equal to 0"]),
+        (["wikitext103", "--seed", 2**63], ["seed", "less than 9223372036854775808"]),
+        (["mqar", "--budget", "smoke", "--seed", 2**63], ["seed", "less than 9223372036854775808"]),
         ([*SMOKE, "--micro-batch-size", "0"], ["micro_batch_size", "at least 1"]),
         ([*SMOKE, "--checkpoint-every", "0"], ["checkpoint_every", "at least 1"]),
         ([*SMOKE, "--stop-at-step", "-1"], ["stop_at_step", "at least 1"]),
@@ -245,6 +247,13 @@ def test_a_damaged_checkpoint(cli, places):
     before = files(places)
     refused(cli(*SMOKE), f"the checkpoint {checkpoint} is damaged", "checksum", "delete")
     assert files(places) == before
+
+
+def test_a_run_whose_folder_was_pruned_and_its_checkpoint_not(cli, places):
+    assert cli(*SMOKE, "--stop-at-step", 1).code == 0
+    assert cli("runs", "prune", "--yes").code == 0
+    refused(cli(*SMOKE, "--stop-at-step", 1), "metrics.jsonl", "fewer than", "--no-resume")
+    assert cli(*SMOKE, "--stop-at-step", 1, "--no-resume").code == 0
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"metrics": 1}'])

@@ -16,6 +16,8 @@ Shapes: N examples, T tokens, P pairs, which are also the questions of an exampl
 
 from __future__ import annotations
 
+import operator
+import os
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -29,6 +31,7 @@ from rodimus_lab.errors import UserError
 IGNORE = -100
 BLOCK = 4096  # Examples drawn at a time, each block from a generator of its own; part of what a seed means.
 MOST_POWER = 8.0  # of the gaps: beyond, the weights of places leave float32, and all but the far ones are never drawn.
+MOST_TOKENS = 1 << 31  # of a vocabulary: tokens are int32.
 SEEDS = 1 << 31  # Test sets take the seeds from here on, so that no test set is a training set.
 
 Positive = Annotated[int, Field(ge=1)]
@@ -64,6 +67,8 @@ class MqarConfig(Config):
             problem = _problem(segment.seq_len, segment.num_pairs, self.vocab_size)
             if problem:
                 raise ValueError(problem)
+        if self.seed + len(self.train) > SEEDS:
+            raise ValueError(f"the seed {self.seed} leaves too few for {len(self.train)} segments; give a smaller one")
         return self
 
     @property
@@ -111,9 +116,12 @@ def generate(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """inputs_NT and labels_NT, int64, -100 where there is no question; see the module's docstring.
 
-    `seed` is from 0 to 2^32 - 1. Raises `UserError` for sizes that cannot be.
+    `seed` is from 0 to 2^32 - 1. Raises `UserError` for sizes that cannot be, or not in this machine's memory.
     """
-    problem = _problem(seq_len, num_pairs, vocab_size) or _count_problem(num_examples)
+    num_examples, seq_len = _whole("num_examples", num_examples), _whole("seq_len", seq_len)
+    num_pairs, vocab_size = _whole("num_pairs", num_pairs), _whole("vocab_size", vocab_size)
+    seed = _whole("seed", seed)
+    problem = _problem(seq_len, num_pairs, vocab_size) or _count_problem(num_examples, seq_len, 16)
     if problem:
         raise UserError(problem)
     inputs_NT = np.empty((num_examples, seq_len), np.int64)
@@ -157,11 +165,11 @@ def _blocks(
     random_non_queries: bool,
     seed: int,
 ) -> Iterator[Examples]:
-    problem = _problem(seq_len, num_pairs, vocab_size) or _count_problem(num_examples)
+    problem = _problem(seq_len, num_pairs, vocab_size) or _count_problem(num_examples, seq_len, 4)
     if problem:
         raise UserError(problem)
-    if not 0 < power_a <= MOST_POWER:
-        raise UserError(f"the power of the gaps is {power_a}; it must be above 0 and at most {MOST_POWER:g}")
+    if not isinstance(power_a, int | float) or not 0 < power_a <= MOST_POWER:
+        raise UserError(f"the power of the gaps is {power_a!r}; it must be above 0 and at most {MOST_POWER:g}")
     if not 0 <= seed < 2 * SEEDS:
         raise UserError(f"the data seed is {seed}; it must be from 0 to {2 * SEEDS - 1}")
     starts = range(0, num_examples, BLOCK)
@@ -229,8 +237,23 @@ def _in_turn(random: np.random.Generator, rows: int, count: int, weights: NDArra
     return np.take_along_axis(first, order, axis=1)
 
 
-def _count_problem(num_examples: int) -> str | None:
-    return f"{num_examples} examples cannot be drawn; ask for at least 1" if num_examples < 1 else None
+def _whole(name: str, value: Any) -> int:
+    try:
+        return int(operator.index(value))
+    except TypeError:
+        raise UserError(f"{name} is {value!r}; give a whole number") from None
+
+
+def _count_problem(num_examples: int, seq_len: int, token_bytes: int) -> str | None:
+    if num_examples < 1:
+        return f"{num_examples} examples cannot be drawn; ask for at least 1"
+    need, there = num_examples * seq_len * token_bytes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > there:
+        return (
+            f"{num_examples:,} examples of {seq_len:,} tokens take {need / 1e9:,.0f} GB, more than this machine's "
+            f"{there / 1e9:,.0f} GB of memory; ask for fewer"
+        )
+    return None
 
 
 def _problem(seq_len: int, num_pairs: int, vocab_size: int) -> str | None:
@@ -239,6 +262,8 @@ def _problem(seq_len: int, num_pairs: int, vocab_size: int) -> str | None:
         return f"{num_pairs} pairs leave nothing to recall; give at least 1"
     if seq_len % 2:
         return f"the length {seq_len} is odd; give an even one, for keys and values come in pairs"
+    if seq_len < 4:
+        return f"the length {seq_len} is too short for a pair and its question; give at least 4"
     if 4 * num_pairs > seq_len:
         return (
             f"{num_pairs} pairs and as many questions take {4 * num_pairs} tokens, more than {seq_len}; "
@@ -246,6 +271,8 @@ def _problem(seq_len: int, num_pairs: int, vocab_size: int) -> str | None:
         )
     if vocab_size <= seq_len:
         return f"a vocabulary of {vocab_size} is too small for examples of {seq_len} tokens; give more than {seq_len}"
+    if vocab_size > MOST_TOKENS:
+        return f"a vocabulary of {vocab_size} is too large for tokens of 32 bits; give at most {MOST_TOKENS}"
     return None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rodimus_lab.errors import UserError
 from rodimus_lab.records import Record
 from rodimus_lab.registry import plain_spelling
 
@@ -64,24 +65,20 @@ def best_points(records: Iterable[Record]) -> dict[str, list[Best]]:
     """Points by budget in words, such as `paper budget, 64 epochs, fp32`; runs of mixtures of shapes are no points.
 
     Where runs of one model, shape, width, expansion and rate differ in more than the seed, those of the last one to
-    finish and its seeds count.
+    finish and its seeds count. Raises `UserError` naming the folder of a run that lacks what a recall run has.
     """
     groups: dict[str, dict[tuple[Any, ...], dict[float, list[Record]]]] = {}
     for record in sorted(records, key=lambda record: (record.finished, record.id)):
-        data = record.recipe["data"]
-        if data.get("task") != "mqar" or len(data["train"]) != 1 or METRIC not in record.metrics:
+        try:
+            place = _place_of(record)
+        except (AttributeError, LookupError, StopIteration, TypeError, ZeroDivisionError):
+            raise UserError(
+                f"{record.path} is not a whole recall run; restore its files, or delete the folder and run again"
+            ) from None
+        if place is None:
             continue
-        shape = data["train"][0]
-        model = plain_spelling(record.label)
-        key = (
-            model,
-            shape["seq_len"],
-            shape["num_pairs"],
-            record.recipe["model"]["d_model"],
-            _expansion(model, record),
-        )
-        rates = groups.setdefault(_budget(record), {}).setdefault(key, {})
-        runs = rates.setdefault(record.recipe["optimizer"]["lr"], [])
+        budget, key, rate = place
+        runs = groups.setdefault(budget, {}).setdefault(key, {}).setdefault(rate, [])
         runs[:] = [run for run in runs if _but_seed(run) == _but_seed(record)] + [record]
     return {
         budget: [
@@ -90,6 +87,19 @@ def best_points(records: Iterable[Record]) -> dict[str, list[Best]]:
         ]
         for budget, points in sorted(groups.items())
     }
+
+
+def _place_of(record: Record) -> tuple[str, tuple[Any, ...], float] | None:
+    """The setting, point and learning rate of a run; None where it is none of a figure's."""
+    recipe, model = record.recipe, plain_spelling(record.label)
+    data = recipe["data"]
+    if data.get("task") != "mqar" or len(data["train"]) != 1 or METRIC not in record.metrics:
+        return None
+    (shape,) = data["train"]
+    if not 0 <= record.metrics[METRIC] <= 1 or recipe["seed"] < 0 or record.budget["batch_size"] < 1:
+        raise LookupError
+    key = (model, shape["seq_len"], shape["num_pairs"], recipe["model"]["d_model"], _expansion(model, record))
+    return _budget(record), key, recipe["optimizer"]["lr"]
 
 
 def too_close(points: Sequence[Best], margin: float, enough: float) -> list[Best]:

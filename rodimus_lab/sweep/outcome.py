@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from rodimus_lab.errors import UserError
 from rodimus_lab.recipe import Recipe
-from rodimus_lab.records import RECORD, RunDir, runs_root
+from rodimus_lab.records import RunDir, runs_root
 from rodimus_lab.train import Interrupted, TrainOptions
 from rodimus_lab.weights import checkpoints_root
 
@@ -82,11 +81,7 @@ class Outcome:
     def look(self) -> None:
         """Note it where the record is there. Raises `UserError` for one that cannot be read."""
         if self.run.finished:
-            path = self.run.path / RECORD
-            try:
-                self.record = json.loads(path.read_bytes())
-            except (OSError, ValueError):
-                raise UserError(f"cannot read {path}; restore the file, or delete it and run again") from None
+            self.record = self.run.read_record()
             self.state, self.reason = "finished", ""
 
     def begin(self, options: TrainOptions) -> TrainOptions:

@@ -5,7 +5,6 @@ Shapes: B batch, T time.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -115,11 +114,11 @@ def train(recipe: Recipe, options: TrainOptions | None = None, *, open_feed: Ope
         if world.from_main(run.finished):
             if world.main:
                 Progress(recipe.id, 0, enabled=False).say(f"{recipe.id} is finished; its record is {run.path / RECORD}")
-            return json.loads((run.path / RECORD).read_bytes())
+            return run.read_record()
         if world.main:
             stack.enter_context(hold(folder))
         if world.from_main(run.finished):  # By another process, between the first look and the hold.
-            return json.loads((run.path / RECORD).read_bytes())
+            return run.read_record()
         if world.main and not options.resume:
             for old in (*folder.glob("step-*"), folder / BEST):
                 shutil.rmtree(old, ignore_errors=True)
@@ -393,7 +392,7 @@ class Trainer:
                 }
                 | ({} if (departure := self.recipe.departure) is None else {"departure": departure})
             )
-            record = json.loads((self.run.path / RECORD).read_bytes())
+            record = self.run.read_record()
         return self.world.from_main(record)
 
     def _export(self, name: str) -> None:

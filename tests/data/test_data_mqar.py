@@ -166,14 +166,22 @@ def test_presets():
     [
         ({"num_examples": 0}, "0 examples"),
         ({"num_examples": -1}, "-1 examples"),
-        ({"seq_len": -2}, "more than -2"),
+        ({"num_examples": 10**15}, "1,000,000,000,000,000 examples of 16 tokens take 256,000,000 GB"),
+        ({"num_examples": 4.0}, "num_examples is 4.0; give a whole number"),
+        ({"num_examples": "4"}, "num_examples is '4'"),
+        ({"seq_len": -2}, "the length -2 is too short"),
+        ({"seq_len": None}, "seq_len is None"),
         ({"num_pairs": 0}, "0 pairs"),
         ({"seq_len": 15}, "the length 15 is odd"),
         ({"num_pairs": 5}, "take 20 tokens, more than 16; give at most 4 pairs"),
+        ({"num_pairs": 2.5}, "num_pairs is 2.5"),
         ({"vocab_size": 16}, "a vocabulary of 16 is too small"),
+        ({"vocab_size": 2**31 + 1}, "a vocabulary of 2147483649 is too large"),
         ({"power_a": 0.0}, "must be above 0"),
         ({"power_a": float("nan")}, "must be above 0"),
         ({"power_a": float("inf")}, "at most 8"),
+        ({"power_a": "x"}, "the power of the gaps is 'x'"),
+        ({"seed": 1.5}, "seed is 1.5"),
         ({"seed": -1}, "the data seed is -1"),
         ({"seed": 2**32}, "the data seed is 4294967296"),
     ],
@@ -184,7 +192,19 @@ def test_what_cannot_be_is_refused(changes, named):
     assert "\n" not in str(refusal.value)
 
 
+def test_sizes_may_be_numpys():
+    ours = generate(np.int64(4), np.int8(64), np.int8(16), np.int32(66), seed=np.uint32(3))
+    assert all((a == b).all() for a, b in zip(ours, generate(4, 64, 16, 66, seed=3), strict=True))
+
+
 def test_a_config_of_what_cannot_be_is_refused():
     segment = MqarSegment(num_examples=4, seq_len=16, num_pairs=5)
     with pytest.raises(ConfigError, match="5 pairs and as many questions"):
         MqarConfig(train=(segment,), test=segment)
+    segment = MqarSegment(num_examples=4, seq_len=16, num_pairs=2)
+    assert MqarConfig(train=(segment,), test=segment, seed=SEEDS - 1).seed == SEEDS - 1
+    with pytest.raises(ConfigError, match="leaves too few for 2 segments"):  # The second would be a test set's.
+        MqarConfig(train=(segment, segment), test=segment, seed=SEEDS - 1)
+    data = MqarConfig(train=(MqarSegment(num_examples=10**15, seq_len=16, num_pairs=2),), test=segment)
+    with pytest.raises(UserError, match="more than this machine's"):
+        draw(data, data.train)

@@ -128,6 +128,31 @@ def test_a_point_is_its_best_rate_and_keeps_the_others():
         assert shown in row
 
 
+@pytest.mark.parametrize("accuracy", [None, "0.5", [], 1.7, -3.0])
+def test_an_accuracy_that_is_none_is_named(tmp_path, accuracy, monkeypatch):
+    recipe, *_ = mqar(budget="paper", model="rodimus", length=128, width=64)
+    bad = replace(record(recipe, accuracy), path=tmp_path / recipe.id)
+    monkeypatch.setattr("experiments.mqar.load_records", lambda experiment: [bad])
+    for read in (lambda: figure06([bad], PAPER), lambda: run_all([recipe], lambda chosen: None)):
+        with pytest.raises(UserError, match=f"{tmp_path / recipe.id} is not a whole recall run; restore its files"):
+            read()
+
+
+@pytest.mark.parametrize("part", ["data", "optimizer", "model", "precision", "seed"])
+def test_a_recipe_that_lacks_a_part_is_named(tmp_path, part):
+    found, *_ = runs([0.5], model="rodimus", length=128, width=64, lr=1e-2)
+    del found.recipe[part]
+    with pytest.raises(UserError, match="is not a whole recall run"):
+        best_points([replace(found, path=tmp_path)])
+
+
+@pytest.mark.parametrize("changes", [{"eval_every": 0}, {"eval_every": None}, {"batch_size": None}])
+def test_a_budget_that_cannot_be_is_named(tmp_path, changes):
+    found, *_ = runs([0.5], model="rodimus", length=128, width=64, lr=1e-2)
+    with pytest.raises(UserError, match="is not a whole recall run"):
+        best_points([replace(found, path=tmp_path, budget=found.budget | changes)])
+
+
 def test_three_seeds_where_models_are_close():
     near = runs([0.1, 0.5, 0.90, 0.2], model="rodimus", length=128, width=64)
     near += runs([0.1, 0.88, 0.3, 0.2], model="mamba", length=128, width=64)
@@ -240,6 +265,15 @@ def test_models_that_figure_6_has_not_are_none_of_its_runs():
     text = to_markdown(figure06(found, PAPER))
     assert "bf16: 4 of the figure's 336 runs." in text
     assert "gla" not in text
+
+
+def test_the_best_is_told_within_a_length():
+    found = runs([0.9, 0.1, 0.1, 0.1], model="rodimus", length=128, width=64)
+    found += runs([0.4, 0.1, 0.1, 0.1], model="rodimus", length=512, width=64)
+    found += runs([0.3, 0.1, 0.1, 0.1], model="mamba", length=512, width=64)
+    text = to_markdown(figure06(found, PAPER))
+    assert "**40.0**" in text
+    assert "**90.0**" not in text
 
 
 def test_a_setting_of_few_points_is_told_below_the_table():

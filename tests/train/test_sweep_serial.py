@@ -19,7 +19,7 @@ from train_fakes import checkpoint_folder, options, run_folder
 from rodimus_lab.errors import UserError
 from rodimus_lab.sweep import Outcome, SweepOptions, failures, sweep
 from rodimus_lab.sweep.board import Board, progress
-from rodimus_lab.train import Interrupted
+from rodimus_lab.train import Interrupted, train
 
 SERIAL = SweepOptions(serial=True)
 
@@ -58,13 +58,19 @@ def test_finished_runs_are_skipped_and_no_recipe_is_run_twice(tmp_path):
     assert other.attempts == 1
 
 
-def test_a_corrupt_record(tmp_path):
+@pytest.mark.parametrize("text", ["{", "[]", "null", "{}", '{"metrics": {}, "device": "cpu"}'])
+def test_a_corrupt_record(tmp_path, text):
     (first,) = serially(tmp_path, ["good"])
     record = run_folder(tmp_path, first.recipe) / "record.json"
-    record.write_text("{")
-    with pytest.raises(UserError, match=r"cannot read .*record\.json; restore the file"):
+    record.write_text(text)
+    with pytest.raises(UserError, match=r"record\.json (is not|has no) .*; restore the file, or delete it and run"):
         serially(tmp_path, ["good"])
-    assert record.read_text() == "{"
+    with pytest.raises(UserError, match=r"record\.json (is not|has no) .*; restore the file, or delete it and run"):
+        train(first.recipe, options(tmp_path))
+    assert record.read_text() == text
+    record.unlink()
+    (again,) = serially(tmp_path, ["good"])
+    assert again.record["metrics"]["steps"] == 12
 
 
 def test_no_retries(tmp_path):
