@@ -1,48 +1,35 @@
-"""Multi-query associative recall: Figure 6 (accuracy by width) and Figure 1b (accuracy by state expansion), D.7.
+"""The runs of multi-query associative recall: Figure 6 (by width) and Figure 1b (by state expansion), D.7.
 
 Every run is one model, one shape of the task and one learning rate, trained as Zoology's code trains (docs/choices.md).
-A point of a figure is the best of its learning rates; where models come closer than `CLOSE`, of three seeds.
+Where models come closer than `CLOSE`, the best rates are run with three seeds.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from rodimus_lab.data.mqar import PAPER_PAIRS, MqarConfig, MqarSegment, single
 from rodimus_lab.errors import UserError
-from rodimus_lab.experiment import BudgetName, TrainAll, choose_budget, experiment, report
+from rodimus_lab.experiment import BudgetName, TrainAll, choose_budget, experiment
 from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.zoo import MODELS, Size, model_config, slug
 from rodimus_lab.recipe import BudgetConfig, OptimizerConfig, Recipe, ScheduleConfig
 from rodimus_lab.records import Record, load_records
 from rodimus_lab.registry import plain_spelling
-from rodimus_lab.report import FIGURES, NOT_RUN, Axis, Cell, Column, Figure, Line, PaperResults, Table, tell_points
-from rodimus_lab.report.order import with_order
-from rodimus_lab.report.recall import EXPANSION_FIELDS, METRIC, Best, best_points, spread_over_seeds, too_close
-from rodimus_lab.report.recall_tables import aside, beside, columns, in_columns, progress
+from rodimus_lab.report.recall import CLOSE, EXPANSION_FIELDS, FIGURE_1B, FIGURE_6, METRIC, best_points, too_close
 from rodimus_lab.scoring import Precision
 
 LAYERS = 2
 SEED = 123  # Zoology's
-LENGTHS, WIDTHS = (128, 256, 512), (64, 128, 256, 512)
-FIGURE_6_MODELS = ("rodimus", "rodimus+", "mamba", "mamba2", "rwkv4", "rwkv6", "transformer++")
-FIGURE_1B_MODELS = ("rodimus", "rodimus+", "mamba2", "mamba")
-EXPANSIONS = (16, 32, 64, 128, 256)
-LONG, LONG_WIDTH = 1024, 256  # Figure 1b
+GRIDS = {"6": FIGURE_6, "1b": FIGURE_1B}
 BATCHES = {64: 512, 128: 512, 256: 256, 512: 128, 1024: 64}
-RATES = {"6": (1e-4, 4.642e-4, 2.154e-3, 1e-2), "1b": (3.162e-4, 3.162e-3, 1e-2)}
 EPOCHS = {"6": 64, "1b": 32}
 PRECISION: Precision = "bf16"
-PRECISIONS = {
-    "fp32": "float32",
-    "tf32": "float32, its products in TensorFloat32",
-    "bf16": "bfloat16 over float32 weights",
-}
 # Milliseconds of a step of 512 x 128 tokens on an H200, in bf16 and captured, at the least and the greatest width
 # (docs/benchmarks.md).
 STEP_MS = {
@@ -55,7 +42,6 @@ STEP_MS = {
     "transformer++": (1.28, 9.28),
 }
 TIMED_LENGTH = 128
-CLOSE = 0.03
 ENOUGH: float = MqarConfig.model_fields["enough"].default
 SEEDS = 3
 SHORT = 8  # The short budget has one epoch for so many of the paper's.
@@ -100,7 +86,7 @@ def gpu_hours(recipe: Recipe) -> float | None:
     width = recipe.model.d_model
     if not isinstance(data, MqarConfig) or len(data.train) != 1 or model not in STEP_MS:
         return None
-    (low, high), (first, last) = STEP_MS[model], (WIDTHS[0], WIDTHS[-1])
+    (low, high), (first, last) = STEP_MS[model], (FIGURE_6.widths[0], FIGURE_6.widths[-1])
     if not first <= width <= last or len(recipe.model.blocks) != LAYERS:
         return None
     timed = single(TIMED_LENGTH, PAPER_PAIRS[TIMED_LENGTH])
@@ -144,21 +130,15 @@ def mqar(
                     "leave it out, or add --budget short or paper"
                 )
         return [_smoke(model or "rodimus", lr=lr, seed=seed, precision=precision or "fp32")]
-    models: Sequence[str] = FIGURE_6_MODELS if figure == "6" else FIGURE_1B_MODELS
-    if model is not None:
-        models = [MODELS.canonical(model)]
-    points: list[tuple[int, int, int | None]]
-    if figure == "6":
-        if expansion is not None:
-            raise UserError("--expansion belongs to Figure 1b; add --figure 1b, or leave it out")
-        points = [(t, d, None) for t in _chosen("length", length, LENGTHS) for d in _chosen("width", width, WIDTHS)]
-    else:
-        _chosen("length", length, (LONG,))
-        _chosen("width", width, (LONG_WIDTH,))
-        if fixed := [one for one in models if one not in EXPANSION_FIELDS]:
-            raise UserError(f"{fixed[0]} has no state expansion to vary; give one of {', '.join(EXPANSION_FIELDS)}")
-        points = [(LONG, LONG_WIDTH, n) for n in _chosen("expansion", expansion, EXPANSIONS)]
-    rates = RATES[figure] if lr is None else (lr,)
+    grid = GRIDS[figure]
+    models = grid.models if model is None else (MODELS.canonical(model),)
+    if figure == "6" and expansion is not None:
+        raise UserError("--expansion belongs to Figure 1b; add --figure 1b, or leave it out")
+    if figure == "1b" and (fixed := [one for one in models if one not in EXPANSION_FIELDS]):
+        raise UserError(f"{fixed[0]} has no state expansion to vary; give one of {', '.join(EXPANSION_FIELDS)}")
+    lengths, widths = _chosen("length", length, grid.lengths), _chosen("width", width, grid.widths)
+    expansions: Sequence[int | None] = _chosen("expansion", expansion, grid.expansions) or (None,)
+    rates = grid.rates if lr is None else (lr,)
     epochs = EPOCHS[figure]
     trained = epochs if name == "paper" else epochs // SHORT
     return [
@@ -166,7 +146,9 @@ def mqar(
             one, single(t, PAPER_PAIRS[t]), d, rate, epochs=trained, paper_epochs=epochs, batch_size=BATCHES[t],
             name=name, expansion=n, seed=seed, precision=precision or PRECISION,
         )
-        for t, d, n in points
+        for t in lengths
+        for d in widths
+        for n in expansions
         for one in models
         for rate in rates
     ]  # fmt: skip
@@ -246,182 +228,3 @@ def _chosen(option: str, value: int | None, known: Sequence[int]) -> Sequence[in
     if value not in known:
         raise UserError(f"--{option}: {value} is not in the figure; give one of {', '.join(map(str, known))}")
     return (value,)
-
-
-@report("figure06", experiments=("mqar",))
-def figure06(records: Sequence[Record], paper: PaperResults) -> Table:
-    """Figure 6 as a table: accuracy by model, length and width, the best of the learning rates and each of them."""
-    rows = [(one, t, d) for t in LENGTHS for one in FIGURE_6_MODELS for d in WIDTHS]
-    found = {
-        budget: {(b.model, b.seq_len, b.width): b for b in points if _in_6(b)}
-        for budget, points in best_points(records).items()
-    }
-    names = [
-        (Column("Model"), [Cell(one) for one, _, _ in rows]),
-        (Column("Tokens"), [Cell(t) for _, t, _ in rows]),
-        (Column("Pairs"), [Cell(PAPER_PAIRS[t]) for _, t, _ in rows]),
-        (Column("Width d"), [Cell(d) for _, _, d in rows]),
-    ]
-    at_hand = {setting: list(points.values()) for setting, points in found.items()}
-    measured = [
-        column for setting in in_columns(found) for column in columns(rows, found[setting], setting, RATES["6"], ENOUGH)
-    ]
-    return Table.of(
-        "Figure 6. Accuracy of recall (MQAR) by width",
-        names + (measured or [(Column("Accuracy (%)"), [NOT_RUN] * len(rows))]),
-        [
-            "The paper prints no numbers for this figure, and no picture of it was at hand to read points from.",
-            _WORDS,
-            *beside(at_hand, ("rodimus", "rodimus+"), FIGURE_6_MODELS[2:-1], RATES["6"], CLOSE, ENOUGH),
-            _RULE,
-            *progress(at_hand, RATES["6"], len(rows), "width"),
-            *aside(at_hand, RATES["6"], "width"),
-            _CONTINUE.format(figure="6"),
-        ],
-        sections=[f"{t} tokens" for _, t, _ in rows],
-    )
-
-
-@report("figure01b", experiments=("mqar",))
-def figure01b(records: Sequence[Record], paper: PaperResults) -> Table:
-    """Figure 1b as a table: accuracy by state expansion n, the paper's points beside ours."""
-    rows = [(one, LONG, n) for one in FIGURE_1B_MODELS for n in EXPANSIONS]
-    read = {(row["model"], float(str(row["expansion"]))): row["accuracy"] for row in paper.figure("01b")}
-    found = {
-        budget: {(b.model, b.seq_len, b.expansion): b for b in points if _in_1b(b)}
-        for budget, points in best_points(records).items()
-    }
-    quoted = [read.get((one, n)) for one, _, n in rows]
-    names = [
-        (Column("Model"), [Cell(one) for one, _, _ in rows]),
-        (Column("n"), [Cell(n) for _, _, n in rows]),
-        (
-            Column("Accuracy (%), read by eye", "higher"),
-            [Cell(None if y is None else round(100 * float(y)), source="paper") for y in quoted],
-        ),
-    ]
-    at_hand = {setting: list(points.values()) for setting, points in found.items()}
-    measured = [
-        column
-        for setting in in_columns(found)
-        for column in columns(rows, found[setting], setting, RATES["1b"], ENOUGH)
-    ]
-    table = Table.of(
-        f"Figure 1b. Accuracy of recall (MQAR) by state expansion: {LONG} tokens, {PAPER_PAIRS[LONG]} pairs, "
-        f"d = {LONG_WIDTH}",
-        names + (measured or [(Column("Accuracy (%)"), [NOT_RUN] * len(rows))]),
-        [
-            "The paper's points are read by eye off the picture, to about 1 % of the axis.",
-            _RULE,
-            *progress(at_hand, RATES["1b"], len(rows), "expansion"),
-            *aside(at_hand, RATES["1b"], "expansion"),
-            _CONTINUE.format(figure="1b"),
-        ],
-    )
-    return with_order(table, "Accuracy (%)", ("Model", "n"), within=("n",), quoted="Accuracy (%), read by eye")
-
-
-def _register_figure_6(seq_len: int) -> None:
-    @FIGURES.register(f"figure06-{seq_len}")
-    def panel(records: Sequence[Record], paper: PaperResults) -> Figure:
-        """Figure 6 at one length: accuracy by width."""
-        points = _drawn(records, lambda point: _in_6(point) and point.seq_len == seq_len)
-        return _figure(
-            f"Figure 6. MQAR, {seq_len} tokens, {PAPER_PAIRS[seq_len]} pairs",
-            "Width d",
-            [(one, WIDTHS) for one in FIGURE_6_MODELS],
-            {(point.model, point.width): point for point in points},
-            RATES["6"],
-            quoted=[],
-            command=f"rodimus-lab mqar --length {seq_len} --budget paper",
-        )
-
-
-for _length in LENGTHS:
-    _register_figure_6(_length)
-
-
-@FIGURES.register("figure01b")
-def draw_figure_1b(records: Sequence[Record], paper: PaperResults) -> Figure:
-    """Figure 1b: accuracy by state expansion, over the paper's points."""
-    quoted = []
-    for one in FIGURE_1B_MODELS:
-        rows = [row for row in paper.figure("01b") if row["model"] == one]
-        xs, ys = ([float(str(row[name])) for row in rows] for name in ("expansion", "accuracy"))
-        quoted.append(Line(one, xs, ys, sources=["paper, read by eye"] * len(rows), quoted=True))
-    return _figure(
-        f"Figure 1b. MQAR, {LONG} tokens, {PAPER_PAIRS[LONG]} pairs, d = {LONG_WIDTH}",
-        "State expansion n",
-        [(one, EXPANSIONS) for one in FIGURE_1B_MODELS],
-        {(point.model, point.expansion): point for point in _drawn(records, _in_1b)},
-        RATES["1b"],
-        quoted=quoted,
-        command="rodimus-lab mqar --figure 1b --budget paper",
-    )
-
-
-_RULE = (
-    "Of several learning rates the best accuracy counts; every rate stands beside it. Where models differ by less "
-    f"than {CLOSE:.0%} short of 99 %, the best rate is run with three seeds. Accuracy is that of the last epoch."
-)
-_CONTINUE = (
-    "rodimus-lab mqar --figure {figure} --budget paper runs what is missing; with --dry-run it lists the runs and "
-    "their hours."
-)
-_WORDS = (
-    "Of the order the paper's text says (D.7): Rodimus and Rodimus+ achieve the highest performance, Mamba and RWKV "
-    "underperform, particularly where the width is small. Transformer++ is ours alone: the paper leaves full attention "
-    "out, as it recalls everything."
-)
-
-
-def _in_6(point: Best) -> bool:
-    return point.model in FIGURE_6_MODELS and point.seq_len in LENGTHS and point.num_pairs == PAPER_PAIRS[point.seq_len]
-
-
-def _in_1b(point: Best) -> bool:
-    return (point.seq_len, point.num_pairs, point.width) == (LONG, PAPER_PAIRS[LONG], LONG_WIDTH)
-
-
-def _drawn(records: Iterable[Record], belongs: Callable[[Best], bool]) -> list[Best]:
-    """The points of one budget and precision: the paper's budget where any run has it, and of several the one with the
-    most runs."""
-    found = best_points(record for record in records if record.experiment == "mqar")
-    groups = [[point for point in points if belongs(point)] for points in found.values()]
-
-    def rank(points: list[Best]) -> tuple[bool, int]:
-        runs = [run for point in points for some in point.by_rate.values() for run in some]
-        return runs[0].budget["name"] == "paper", len(runs)
-
-    return max(filter(None, groups), key=rank, default=[])
-
-
-def _figure(
-    title: str,
-    x_label: str,
-    wanted: Sequence[tuple[str, Sequence[int]]],
-    points: Mapping[Any, Best],
-    rates: Sequence[float],
-    quoted: Sequence[Line],
-    command: str,
-) -> Figure:
-    """A point is the best of its rates. Those of fewer than all `rates` so far are named, and drawn only where a run
-    ended above 99 %: at the others another rate may do far better."""
-    partly = {key for key, point in points.items() if not set(rates) <= set(point.by_rate)}
-    open_yet = {key for key, point in points.items() if not point.is_settled(rates, ENOUGH)}
-    lines, missing = list(quoted), []
-    for name, xs in wanted:
-        run = [x for x in xs if (name, x) in points and (name, x) not in open_yet]
-        missing += [(name, x) for x in xs if (name, x) not in points]
-        if run:
-            best = [points[name, x] for x in run]
-            sources = [f"{'; '.join(run.id for run in b.runs)} at rate {b.lr:g}" for b in best]
-            stds = [spread_over_seeds(b.runs) for b in best]
-            lines.append(Line(name, run, [b.accuracy for b in best], sources, stds=stds, runs=[b.runs for b in best]))
-    started = [(name, x) for name, xs in wanted for x in xs if (name, x) in partly]
-    ended = tell_points(key for key in started if key not in open_yet)
-    unfinished = [key for key in started if key in open_yet]
-    remarks = [PRECISIONS[run.recipe["precision"]] for point in points.values() for run in point.runs][:1]
-    remarks += [f"not all of {len(rates)} learning rates yet: {ended}"] if ended else []
-    x, y = Axis(x_label, "log2"), Axis("Accuracy", "share")
-    return Figure(title, x, y, lines, missing, unfinished, remark="; ".join(remarks), command=command)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rodimus_lab.records import Record
 from rodimus_lab.report.table import corpora, stands_in
 
+NAMED = 8
+
 
 def told_runs(runs: Iterable[Record], paper_corpus: str | tuple[str, ...] | None = None) -> str:
-    """Corpus, tokenizer, budget with its tokens, device and the ids of the runs that share them, each run once."""
-    groups: dict[str, dict[str, None]] = {}
+    """Corpus, tokenizer, budget with its tokens, device and the ids of the runs that share them, each run once; of more
+    than `NAMED` their number, as the figure's numbers have every id."""
+    groups: dict[str, dict[str, Record]] = {}
     for run in runs:
-        groups.setdefault(", ".join(conditions(run, paper_corpus)), {})[_named(run)] = None
-    return "; ".join(f"{', '.join(ids)}: {shared}" for shared, ids in groups.items())
+        groups.setdefault(", ".join(conditions(run, paper_corpus)), {})[run.id] = run
+    return "; ".join(f"{_named(list(some.values()))}: {shared}" for shared, some in groups.items())
 
 
 def conditions(run: Record, paper_corpus: str | tuple[str, ...] | None = None) -> list[str]:
@@ -23,6 +26,15 @@ def conditions(run: Record, paper_corpus: str | tuple[str, ...] | None = None) -
     return [part for part in (f"{run.corpus}{instead}", tokens, run.budget_text, run.device) if part]
 
 
-def _named(run: Record) -> str:
+def _named(runs: Sequence[Record]) -> str:
+    ended = [steps for run in runs if (steps := run.metrics.get("steps")) not in (None, run.budget["steps"])]
+    if len(runs) > NAMED:
+        some = "" if len(ended) == len(runs) else f"{len(ended)} of which "
+        early = f", {some}ended after {min(ended):,} to {max(ended):,} steps" if ended else ""
+        return f"{len(runs)} runs, named in the CSV{early}"
+    return ", ".join(map(_with_end, runs))
+
+
+def _with_end(run: Record) -> str:
     steps = run.metrics.get("steps", run.budget["steps"])
     return run.id if steps == run.budget["steps"] else f"{run.id} (ended after {steps:,} steps)"

@@ -12,6 +12,7 @@ from rodimus_lab.records import Record
 from rodimus_lab.registry import plain_spelling
 
 METRIC = "test_accuracy"
+CLOSE = 0.03  # Models that differ by less are run with more seeds, and are told to be level.
 # The sublayer of a model, and its field, that sets the state expansion n.
 EXPANSION_FIELDS = {
     "rodimus": ("rodimus", "n"),
@@ -19,6 +20,33 @@ EXPANSION_FIELDS = {
     "mamba2": ("mamba2", "state"),
     "mamba": ("mamba", "state"),
 }
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The points of a figure: every model at every length, width and expansion (where there are none, at its own), each
+    the best of `rates`."""
+
+    models: Sequence[str]
+    lengths: Sequence[int]
+    widths: Sequence[int]
+    rates: Sequence[float]
+    expansions: Sequence[int] = ()
+
+
+FIGURE_6 = Grid(
+    models=("rodimus", "rodimus+", "mamba", "mamba2", "rwkv4", "rwkv6", "transformer++"),
+    lengths=(128, 256, 512),
+    widths=(64, 128, 256, 512),
+    rates=(1e-4, 4.642e-4, 2.154e-3, 1e-2),
+)
+FIGURE_1B = Grid(
+    models=("rodimus", "rodimus+", "mamba2", "mamba"),
+    lengths=(1024,),
+    widths=(256,),
+    rates=(3.162e-4, 3.162e-3, 1e-2),
+    expansions=(16, 32, 64, 128, 256),
+)
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,10 @@ def test_the_runs_behind_the_points_are_told_in_the_note_and_in_the_numbers(tmp_
     assert "rodimus_plus-36701bfc" in svg
     cut = replace(runs[0], metrics=runs[0].metrics | {"steps": 700})
     assert told_runs([cut]).startswith("rodimus-b6357da5 (ended after 700 steps): enwiki-25k, gpt2 tokens, short")
+    many = [replace(runs[0], id=f"run-{number}") for number in range(9)]
+    assert told_runs(many).startswith("9 runs, named in the CSV: enwiki-25k")
+    many[3:5] = [replace(run, metrics=run.metrics | {"steps": 700 + place}) for place, run in enumerate(many[3:5])]
+    assert told_runs(many).startswith("9 runs, named in the CSV, 2 of which ended after 700 to 701 steps: enwiki-25k")
 
 
 def test_what_was_not_run_says_so_and_how_to_run_it(tmp_path: Path) -> None:
