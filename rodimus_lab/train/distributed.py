@@ -109,6 +109,12 @@ class World:
         for method in ("loss", "logits_at"):
             register_fsdp_forward_method(model, method)
 
+    def share_gradients(self, model: LanguageModel, now: bool) -> None:
+        """Whether the next backward pass of a placed model ends with the ranks' gradients added up and sharded. Else
+        each rank keeps its own, whole, and the next pass adds to them."""
+        if self.size > 1:
+            model.set_requires_gradient_sync(now)  # type: ignore[operator]
+
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor put together (on every rank); any other as it is."""

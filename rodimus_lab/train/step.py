@@ -111,6 +111,7 @@ class Stepper:
                 self._accumulate, self._parameters, scale, *micro_batches[0], several=several
             )
         for index, micro_batch in enumerate(micro_batches):
+            self.world.share_gradients(self.model, index == len(micro_batches) - 1)
             if self._captured is None:
                 total += self._accumulate(scale, *micro_batch)
             else:
@@ -185,12 +186,13 @@ def fit_rows_alone(
     """`fit_rows` for a rank of several, before the model is sharded: each tries by itself, for one that ran out of
     memory inside a collective would leave the others waiting. One row is the least; it may fit once all is sharded.
 
-    What this rank's shards will take beyond the whole weights and gradients of the trial is held meanwhile.
+    What this rank's shards and its own whole gradients will take beyond the whole weights of the trial is held
+    meanwhile.
     """
     device, shards, fitting = world.device, world.size // world.replicas, 1
     alone = recipe.replace(data=recipe.data.replace(seq_len=recipe.data.seq_len // world.parts))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    beyond = max(0, 4 * size // shards - 2 * size) + SPARE * torch.cuda.get_device_properties(device).total_memory
+    beyond = 4 * size // shards + SPARE * torch.cuda.get_device_properties(device).total_memory
     try:
         model.to(device)
         optimizer = torch.optim.AdamW(model.parameters())  # Without moments, as it makes no step.

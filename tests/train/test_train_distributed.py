@@ -8,6 +8,7 @@ import pytest
 import train_fakes
 from ranks import start_ranks
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.utils._python_dispatch import TorchDispatchMode
 from train_fakes import checkpoint_folder, memory_feed, options, run_folder, tiny_recipe
 
 from rodimus_lab.convert import open_checkpoint
@@ -15,6 +16,8 @@ from rodimus_lab.errors import UserError
 from rodimus_lab.records import RunDir
 from rodimus_lab.train import Interrupted, train
 from rodimus_lab.train.distributed import end_process, session
+from rodimus_lab.train.optimizer import build_optimizer, decay_groups
+from rodimus_lab.train.step import Stepper
 
 CHANGES = {"dropout": 0.0}  # The ranks drop other activations than one process does.
 RECIPE = tiny_recipe(**CHANGES)
@@ -144,3 +147,33 @@ def test_from_split_sequences_and_two_replicas_to_one_process(tmp_path):
     same(metrics(tmp_path, recipe), [line for line in expected if line["step"] <= 6])
     train(recipe, options(tmp_path), open_feed=memory_feed)
     same(metrics(tmp_path, recipe), expected)
+
+
+def reductions_of_a_step(rows, folder):
+    """How often two ranks that have 4 rows of a batch each reduce gradients, `rows` rows being a micro-batch."""
+    found = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found.append("reduce_scatter" in str(function))
+            return function(*args, **(kwargs or {}))
+
+    def main(rank):
+        with session("cpu") as world:
+            model = RECIPE.model.build()
+            groups = decay_groups(model)
+            world.place(model)
+            stepper = Stepper(model, build_optimizer(model, groups, RECIPE.optimizer), RECIPE, world, rows)
+            batch = next(memory_feed(RECIPE, world).train)
+            with Counted():
+                stepper.backward(*batch)
+        return sum(found)
+
+    ranks = start_ranks(2, main, folder)
+    assert ranks[0].code == ranks[1].code, ranks
+    return ranks[0].code
+
+
+def test_gradients_are_shared_once_a_step(tmp_path):
+    """Once a block and once for the rest, however many micro-batches there are."""
+    assert [reductions_of_a_step(rows, tmp_path) for rows in (4, 1)] == [RECIPE.model.repeats + 1] * 2
