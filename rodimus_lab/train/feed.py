@@ -109,10 +109,12 @@ def _open_needles(recipe: Recipe, data: NeedleConfig, prepared: PreparedData, wo
     documents = NeedleDocuments(data, prepared)
 
     def reader(split: str) -> Callable[[int], Iterable[Batch]]:
-        return lambda rows: starmap(asked, needle_batches(documents, split, rows, world.rank, world.size))
+        return lambda rows: starmap(
+            asked, needle_batches(documents, split, rows, world.data_rank, world.data_size)
+        )
 
     return Feed(
-        train=NeedleLoader(documents, recipe.budget.batch_size, recipe.seed, world.rank, world.size),
+        train=NeedleLoader(documents, recipe.budget.batch_size, recipe.seed, world.data_rank, world.data_size),
         evaluation={split: reader(split) for split in ("valid", "test")},
         facts={
             "fingerprints": {split: prepared.fingerprint(split) for split in prepared.splits},
@@ -162,12 +164,15 @@ def _open_mixture(recipe: Recipe, data: MixtureConfig, world: World) -> Feed:
 
     def reader(split: str) -> Callable[[int], Iterable[Batch]]:
         return lambda rows: chain.from_iterable(
-            eval_batches(each, split, data.seq_len, rows, world.rank, world.size) for each in prepared.values()
+            eval_batches(each, split, data.seq_len, rows, world.data_rank, world.data_size)
+            for each in prepared.values()
         )
 
     first = next(iter(prepared.values()))
     return Feed(
-        train=MixtureLoader(data, blocks, budget.batch_size, budget.steps, recipe.seed, world.rank, world.size),
+        train=MixtureLoader(
+            data, blocks, budget.batch_size, budget.steps, recipe.seed, world.data_rank, world.data_size
+        ),
         evaluation={split: reader(split) for split in splits},
         words={split: sum(each.split(split).words for each in prepared.values()) for split in splits},
         facts={

@@ -195,7 +195,7 @@ class Trainer:
         parts, seq_len = self.world.parts, self.recipe.data.seq_len
         if seq_len % parts:
             raise UserError(f"sequences of {seq_len} tokens do not divide over {parts} ranks; choose a divisor")
-        if self.feed.questions:
+        if self.feed.questions or self.feed.answers:
             raise UserError("questions and answers are not split over ranks; leave out sequence_parallel")
         if self.feed.end_token is not None:
             raise UserError("packed documents are not split over ranks; leave out sequence_parallel or packed")

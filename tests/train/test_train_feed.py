@@ -3,6 +3,7 @@ import torch
 from train_fakes import tiny_recipe
 
 from rodimus_lab.data import Tokenizer, load_tokenizer, train_bpe
+from rodimus_lab.data.mixture import MixtureConfig, StageConfig
 from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import IGNORE
 from rodimus_lab.recipe import DataConfig
@@ -84,7 +85,12 @@ def test_packed_data_says_where_documents_end(recipe):
     assert open_feed(packed, World(0, 1, CPU)).end_token == load_tokenizer(recipe.data.tokenizer).eos_id
 
 
-def test_ranks_that_share_sequences_read_the_same_and_part_them(recipe):
+@pytest.mark.parametrize("mixture", [False, True])
+def test_ranks_that_share_sequences_read_the_same_and_part_them(recipe, mixture):
+    if mixture:
+        stage = StageConfig(name="only", share=1.0, weights={recipe.data.corpus: 1.0})
+        data = MixtureConfig(tokenizer=recipe.data.tokenizer, seq_len=16, stages=(stage,))
+        recipe = recipe.replace(data=data)
     worlds = [World(rank, 4, CPU, parts=2) for rank in range(4)]
     batches = [next(open_feed(recipe, world).train) for world in worlds]
     assert all(torch.equal(a, b) for a, b in zip(batches[0], batches[1], strict=True))
@@ -92,3 +98,6 @@ def test_ranks_that_share_sequences_read_the_same_and_part_them(recipe):
     parts = [world.part_of(batch)[0] for world, batch in zip(worlds, batches, strict=True)]
     assert torch.equal(torch.cat(parts[:2], dim=1), batches[0][0])
     assert [part.shape for part in parts] == [(4, 8)] * 4
+    scored = [list(open_feed(recipe, world).evaluation["test"](2)) for world in worlds]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(scored[0], scored[1], strict=True))
+    assert not torch.equal(scored[0][0][0], scored[2][0][0])

@@ -26,6 +26,7 @@ from rodimus_lab.train import Interrupted, train
 from rodimus_lab.train.distributed import World
 from rodimus_lab.train.sentinel import NonFiniteError
 from rodimus_lab.train.signals import StopSignal
+from rodimus_lab.train.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -272,3 +273,15 @@ def test_options_out_of_range(tmp_path, name, value):
 def test_no_such_device(tmp_path):
     with pytest.raises(UserError, match="'tpu' is not a device"):
         train(tiny_recipe(), options(tmp_path, device="tpu"), open_feed=memory_feed)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [({"questions": True}, "questions"), ({"answers": True}, "questions"), ({"end_token": 0}, "packed")],
+)
+def test_data_that_is_not_split_over_ranks_is_refused_before_they_meet(tmp_path, given, told):
+    recipe = tiny_recipe()
+    of_two = World(0, 2, torch.device("cpu"), parts=2)
+    feed = replace(memory_feed(recipe, of_two), **given)
+    with pytest.raises(UserError, match=f"{told}.* not split over ranks; leave out sequence_parallel"):
+        Trainer(recipe, feed, options(tmp_path), None, of_two, tmp_path)
