@@ -147,18 +147,20 @@ def default_rows(rows: int, seq_len: int, device: torch.device) -> int:
 
 
 def fit_rows(stepper: Stepper, batch: tuple[Tensor, ...] | None = None) -> None:
-    """Shrink `stepper.rows`, divisor by divisor, until one micro-batch, of `batch` or else of random tokens, fits into
-    the GPU's memory.
+    """Shrink `stepper.rows`, divisor by divisor, until a micro-batch, of `batch` or else of random tokens, fits into
+    the GPU's memory: where a step has several, one beside the gradients that another left.
 
     The random state is left as it was. Raises `UserError` where a single row does not fit.
     """
     seq_len, vocab, device = stepper.recipe.data.seq_len, stepper.recipe.model.vocab_size, stepper.world.device
+    share = stepper.recipe.budget.batch_size // stepper.world.data_size
     with torch.random.fork_rng(devices=[device]):
         while True:
+            rows = max(stepper.rows, min(2 * stepper.rows, share))
             if batch is None:
-                trial: tuple[Tensor, ...] = (torch.randint(vocab, (stepper.rows, seq_len), device=device),) * 2
+                trial: tuple[Tensor, ...] = (torch.randint(vocab, (rows, seq_len), device=device),) * 2
             else:
-                trial = tuple(tensor[: stepper.rows] for tensor in batch)
+                trial = tuple(tensor[:rows] for tensor in batch)
             try:
                 stepper.backward(*trial)
                 break
@@ -190,7 +192,9 @@ def fit_rows_alone(
     meanwhile.
     """
     device, shards, fitting = world.device, world.size // world.replicas, 1
-    alone = recipe.replace(data=recipe.data.replace(seq_len=recipe.data.seq_len // world.parts))
+    alone = recipe.replace(budget=recipe.budget.replace(batch_size=recipe.budget.batch_size // world.data_size))
+    if world.parts > 1:
+        alone = alone.replace(data=recipe.data.replace(seq_len=recipe.data.seq_len // world.parts))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     beyond = 4 * size // shards + SPARE * torch.cuda.get_device_properties(device).total_memory
     try:

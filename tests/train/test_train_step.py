@@ -1,11 +1,15 @@
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from train_fakes import BATCH, VOCAB, memory_feed, tiny_recipe
 
+from rodimus_lab.data.mqar import MqarConfig, MqarSegment
 from rodimus_lab.nn.model import IGNORE
 from rodimus_lab.train.distributed import World
 from rodimus_lab.train.optimizer import build_optimizer, decay_groups
-from rodimus_lab.train.step import Stepper, default_rows
+from rodimus_lab.train.step import Stepper, default_rows, fit_rows, fit_rows_alone
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -103,3 +107,47 @@ def test_default_rows_divide_the_batch():
     assert default_rows(8, 16, cpu) == 8
     assert default_rows(96, 512, cpu) == 32
     assert default_rows(7, 1 << 20, cuda) == 1
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """A device with room for 4 rows, or for 2 beside gradients; the list has the micro-batches that were tried."""
+    tried = []
+    accumulate = Stepper._accumulate
+
+    def within(self, scale, *batch):
+        beside = any(parameter.grad is not None for parameter in self.model.parameters())
+        tried.append((len(batch[0]), beside))
+        if len(batch[0]) > (2 if beside else 4):
+            raise torch.OutOfMemoryError
+        return accumulate(self, scale, *batch)
+
+    monkeypatch.setattr(Stepper, "_accumulate", within)
+    monkeypatch.setattr("torch.random.fork_rng", lambda devices: nullcontext())
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=0))
+    return tried
+
+
+def test_micro_batches_fit_beside_the_gradients_of_those_before(room):
+    fitted = stepper(BATCH)
+    fit_rows(fitted)
+    assert fitted.rows == 2
+    assert room == [(8, False), (4, False), (4, True), (2, False), (2, True)]
+    assert all(parameter.grad is None for parameter in fitted.model.parameters())
+
+
+def test_a_rank_that_has_one_micro_batch_needs_no_more_room(room):
+    recipe = tiny_recipe(dropout=0.0)
+    assert fit_rows_alone(recipe.model.build(), recipe, World(1, 2, ALONE.device), BATCH // 2) == 4
+    assert room == [(4, False)]
+
+
+def test_what_fits_is_found_for_questions_too(room):
+    recipe = tiny_recipe(dropout=0.0)
+    shape = MqarSegment(num_examples=8, seq_len=16, num_pairs=2)
+    recipe = recipe.replace(data=MqarConfig(train=(shape,), test=shape, vocab_size=VOCAB))
+    inputs, targets = torch.randint(VOCAB, (2, 4, 16))
+    asked = (inputs, targets[:, :2], torch.arange(2).expand(4, 2))
+    assert fit_rows_alone(recipe.model.build(), recipe, World(1, 2, ALONE.device), 4, batch=asked) == 4
