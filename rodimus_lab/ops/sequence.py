@@ -97,13 +97,13 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, shard: SequenceShard) -> Tensor:
         context.shard = shard
-        parts = [torch.empty_like(x) for _ in range(shard.size)]
-        dist.all_gather(parts, x, group=shard.group)
-        return torch.stack(parts)
+        parts = x.new_empty(shard.size * x.numel())
+        dist.all_gather_into_tensor(parts, x.flatten(), group=shard.group)
+        return parts.view(shard.size, *x.shape)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        shard = context.shard
-        total = gradients[0].contiguous()
-        dist.all_reduce(total, group=shard.group)
-        return total[shard.rank], None
+        (whole,) = gradients
+        own = whole.new_empty(whole[0].numel())
+        dist.reduce_scatter_tensor(own, whole.flatten(), group=context.shard.group)
+        return own.view_as(whole[0]), None

@@ -18,7 +18,7 @@ from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.zoo import Size, model_config
 from rodimus_lab.ops import Segments, attention, conv_gate, gated_linear, short_conv, ssd
-from rodimus_lab.ops.sequence import SequenceShard, sequence_shard, sharded_sequence
+from rodimus_lab.ops.sequence import SequenceShard, gather, sequence_shard, sharded_sequence
 
 LENGTH, BATCH = 24, 2
 MODELS = ("rodimus", "rodimus+", "transformer++", "mamba2", "gla", "hgrn2", "linear_attention", "transformer")
@@ -113,6 +113,15 @@ def compare_model(config: LanguageModelConfig, shard: SequenceShard, recompute: 
     return worst
 
 
+def stray_gradient(shard: SequenceShard) -> float:
+    """How far the gradient of what is added to gathered tensors is from 1."""
+    x, added = torch.ones(2, 3, requires_grad=True), torch.zeros(shard.size, 2, 3, requires_grad=True)
+    view = added.view_as(added)
+    (gather(shard, x) + view).backward(torch.ones(shard.size, 2, 3))
+    assert added.grad is not None
+    return float((added.grad - 1).abs().max())
+
+
 def refusals(shard: SequenceShard) -> dict[str, str]:
     """What is said of models and calls that do not run split; none of them may reach the other ranks."""
     x = torch.zeros(1, 2, 6)
@@ -144,6 +153,7 @@ def main(rank: int, size: int, folder: str) -> int:
         found[name] = compare_model(tiny(name), shard)
     beta = {"rank": 4, "temperature": 16}
     found["rodimus with beta, recomputed"] = compare_model(tiny("rodimus", rodimus={"beta": beta}), shard, True)
+    found["gather, beside another"] = stray_gradient(shard)
     said = refusals(shard)
     assert sequence_shard() is None
     ranks: list = [None] * size
