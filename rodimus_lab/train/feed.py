@@ -109,9 +109,7 @@ def _open_needles(recipe: Recipe, data: NeedleConfig, prepared: PreparedData, wo
     documents = NeedleDocuments(data, prepared)
 
     def reader(split: str) -> Callable[[int], Iterable[Batch]]:
-        return lambda rows: starmap(
-            asked, needle_batches(documents, split, rows, world.data_rank, world.data_size)
-        )
+        return lambda rows: starmap(asked, needle_batches(documents, split, rows, world.data_rank, world.data_size))
 
     return Feed(
         train=NeedleLoader(documents, recipe.budget.batch_size, recipe.seed, world.data_rank, world.data_size),

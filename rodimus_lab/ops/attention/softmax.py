@@ -21,6 +21,8 @@ from rodimus_lab.ops.installed import installed
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.sequence import SequenceShard, refuse_state, sequence_shard, sharded_sequence, tail_before
 
+FLEX_BLOCK = 128
+
 
 def attention(
     q_BTHK: Tensor,
@@ -93,6 +95,8 @@ def _across_ranks(
     Queries of zeros stand before this rank's own, so that any backend's causal mask fits; their outputs are dropped.
     """
     reach = shard.size * k.shape[1] if window is None else window - 1
+    if k.shape[1] % FLEX_BLOCK == 0:
+        reach += -reach % FLEX_BLOCK  # The mask hides what is beyond the window.
     k, v = (torch.cat([tail_before(shard, x, reach), x], dim=1) for x in (k, v))
     before = k.shape[1] - q.shape[1]
     q = torch.cat([q.new_zeros(q.shape[0], before, *q.shape[2:]), q], dim=1)
@@ -177,7 +181,7 @@ def _flex_pays(
     512 (docs/benchmarks.md). It is compiled anew for every length, of which training has few."""
     usual = dtype in (torch.float16, torch.bfloat16) and all(width in (64, 128) for width in widths)
     share = 2 if length >= 4096 else 4
-    return usual and grad and length % 128 == 0 and window is not None and share * window <= length
+    return usual and grad and length % FLEX_BLOCK == 0 and window is not None and share * window <= length
 
 
 declare(
