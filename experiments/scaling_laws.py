@@ -87,6 +87,7 @@ LADDER = {
     )
 }
 RATIO = 8.0
+MOST_RATIO = 1e6
 SMOKE_LADDER = {
     name: Rung(Size("smoke", layers, width, 1, 4096, 256), 8, lr)
     for name, layers, width, lr in (("s1", 1, 32, 1e-2), ("s2", 2, 64, 6e-3), ("s3", 3, 96, 4e-3))
@@ -99,7 +100,7 @@ def scaling_laws(
     model: str | None = None,
     size: str | None = None,
     table: Literal["8", "9"] = "8",
-    ratio: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None,
+    ratio: Annotated[float | None, Field(gt=0, le=MOST_RATIO, allow_inf_nan=False)] = None,
     budget: BudgetName | None = None,
     corpus: str | None = None,
     packed: bool = False,

@@ -26,7 +26,8 @@ from rodimus_lab.data.tokenizers import SPACE_BETWEEN_WORDS, Tokenizer, load_tok
 from rodimus_lab.errors import UserError
 
 CHUNK_BYTES = 1 << 19
-MAX_WORKERS = 32
+MAX_WORKERS = 32  # By default; all are started at once, so that more than MOST_WORKERS would swamp a machine.
+MOST_WORKERS = 1024
 KNOWN_PIECES = 500_000
 KNOWN_LENGTH = 40
 
@@ -93,6 +94,8 @@ def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[Chunk], workers: int | 
     workers = default_workers() if workers is None else workers
     if workers < 1:
         raise UserError(f"the number of tokenisation workers is {workers}; it must be at least 1")
+    if workers > MOST_WORKERS:
+        raise UserError(f"the number of tokenisation workers is {workers:,}; it must be at most {MOST_WORKERS:,}")
     with _library_threads_off():
         if workers == 1:
             yield from map(Encoder(tokenizer), chunks)

@@ -13,6 +13,7 @@ from rodimus_lab.errors import UserError
 NAME = re.compile(r"(?P<corpus>.+):(?P<count>\d+(\.\d+)?)(?P<unit>[kmb])(@(?P<seed>\d+))?", re.IGNORECASE)
 UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
 HELD_OUT_TOKENS = 10_000_000
+MOST_TOKENS, MOST_SEED = 10**15, 2**63 - 1
 
 
 class Subset(Corpus):
@@ -58,8 +59,12 @@ def parse(name: str) -> tuple[str, int, int, str] | None:
     match = NAME.fullmatch(name)
     if match is None:
         return None
-    tokens = round(float(match["count"]) * UNITS[match["unit"].lower()])
+    count = float(match["count"]) * UNITS[match["unit"].lower()]
+    if count > MOST_TOKENS:
+        raise UserError(f"{name[:60]!r} asks for more than {MOST_TOKENS:,} tokens; give fewer")
+    tokens = round(count)
     if tokens < 1:
         raise UserError(f"{name!r} asks for no tokens at all; give a number above 0")
-    seed = int(match["seed"] or 0)
+    if len(match["seed"] or "") > len(str(MOST_SEED)) or (seed := int(match["seed"] or 0)) > MOST_SEED:
+        raise UserError(f"the seed of {name[:60]!r} is more than {MOST_SEED}; give a smaller one")
     return match["corpus"], tokens, seed, f"-{match['count']}{match['unit'].lower()}" + (f"-seed{seed}" if seed else "")

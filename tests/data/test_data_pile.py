@@ -157,6 +157,11 @@ def test_more_tokens_than_there_are_is_an_error(pile, tokenizer):
         prepare("pile:1b", tokenizer, workers=1, progress=False)
     with pytest.raises(UserError, match="asks for no tokens"):
         open_corpus("pile:0k")
+    with pytest.raises(UserError, match="asks for more than 1,000,000,000,000,000 tokens; give fewer"):
+        open_corpus(f"pile:{'9' * 400}b")
+    for seed in (2**63, "9" * 5000):
+        with pytest.raises(UserError, match=r"the seed of 'pile:1k@\d+' is more than \d+; give a smaller one"):
+            open_corpus(f"pile:1k@{seed}")
     with pytest.raises(UserError, match="no corpus named 'nowhere'"):
         open_corpus("nowhere:7b")
 

@@ -396,3 +396,9 @@ def test_tokenisation_is_measured_on_a_stream(tokenizer):
     assert measured["tokens_per_second"] == measured["tokens"] / measured["seconds"] > 0
     with pytest.raises(UserError, match="too short to be timed"):
         measure_tokenization(Invented(1), tokenizer, seconds=0.1, workers=1)
+
+
+def test_a_number_of_workers_that_would_swamp_a_machine_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding, "ProcessPoolExecutor", None)
+    with pytest.raises(UserError, match="workers is 100,000; it must be at most 1,024"):
+        list(encode_chunks(tokenizer, cut(["text"], 100), workers=100_000))

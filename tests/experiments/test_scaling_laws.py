@@ -221,3 +221,6 @@ def test_a_smoke_ladder_from_the_command_line(cli, places, texts):
     code, _, err = cli("scaling-laws", "--size", "57m", "--budget", "smoke")
     assert code == 2
     assert "give one of s1, s2, s3" in err
+    code, _, err = cli("scaling-laws", "--ratio", "1e305", "--budget", "short", "--dry-run")
+    assert code == 2
+    assert "--ratio: input should be less than or equal to 1000000" in err
