@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Mapping
@@ -37,8 +38,12 @@ class Timing:
     def rates(self) -> list[float]:
         if not self.path.exists():
             return []
-        *lines, _torn = self.path.read_text().split("\n")
-        return [json.loads(line)["tokens_per_second"] for line in lines]
+        *lines, _torn = self.path.read_text(errors="replace").split("\n")
+        rates = []
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # One that broke off, and the one behind it.
+                rates.append(float(json.loads(line)["tokens_per_second"]))
+        return rates
 
 
 class Board:

@@ -38,10 +38,12 @@ def whole(tmp_path_factory):
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, whole):
-    """Killed two steps after its second checkpoint (dropout is on)."""
+    """Killed two steps after its second checkpoint (dropout is on), in the middle of a line of its speeds."""
     killed = launch(tmp_path, faults={11: "kill"})
     assert killed.code == -9
     recipe = tiny_recipe()
+    with (checkpoint_folder(tmp_path, recipe) / "timing.jsonl").open("a") as file:
+        file.write('{"step": 11, "tok')
     assert not (run_folder(tmp_path, recipe) / "record.json").exists()
     train(recipe, options(tmp_path), open_feed=memory_feed)
     assert outcome(tmp_path, recipe) == whole
