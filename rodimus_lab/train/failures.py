@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from rodimus_lab.train.signals import Interrupted
 BEAT_SECONDS = 0.4
 LOST_SECONDS = 2.0  # Without a beat; only asked where a collective has failed, so a slow rank comes to no harm.
 GRACE_SECONDS = 8.0
+SILENT_SECONDS = 20.0  # Without a beat, once told to end; torchrun kills ten seconds later.
 CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|socket", re.IGNORECASE)
 
 
@@ -41,12 +43,16 @@ class Ledger:
         self._store = dist.PrefixStore("ledger", store.clone())
         self._speaking = threading.Lock()
         self._closed = threading.Event()
+        self._signals, self._heard = _numbers_of_signals()
+        self._told = False
         self._thread = threading.Thread(target=self._watch, name="ledger", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         self._closed.set()
         self._thread.join()
+        if self._heard is not None:
+            signal.set_wakeup_fd(-1)
 
     def verdict(self, error: Exception) -> Exception:
         """The error that this rank is to raise, having failed with `error`; where it is not to speak, it ends here."""
@@ -65,6 +71,7 @@ class Ledger:
             if self.rank:
                 self._await_word()
                 end_process(error.exit_code)
+            self._speaking.acquire()
             self._store.set("spoken", "1")
             return error
         if _is_of_connection(error):
@@ -110,16 +117,18 @@ class Ledger:
         time.sleep(LOST_SECONDS)
         after = self._beats()
         lost = [rank for rank in range(self.size) if rank != self.rank and before[rank] == after[rank]]
-        who = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}"
-        reason = f"{who} of {self.size} ended without a word" if lost else f"the connection broke: {_first_line(error)}"
-        return RankLost(f"{reason}; the last checkpoint is kept, and the same command goes on from there")
+        return self._lost(lost) if lost else _kept(f"the connection broke: {_first_line(error)}")
+
+    def _lost(self, ranks: list[int]) -> RankLost:
+        who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        return _kept(f"{who} of {self.size} ended without a word")
 
     def _beats(self) -> list[bytes]:
         keys = [f"beat-{rank}" for rank in range(self.size)]
         return [self._store.get(key) if self._store.check([key]) else b"" for key in keys]
 
     def _watch(self) -> None:
-        number = 0
+        number, silence = 0, Silence(self.rank, self.size)
         while not self._closed.wait(BEAT_SECONDS):
             try:
                 number += 1
@@ -132,8 +141,52 @@ class Ledger:
                         print(f"error: {sentence}" if code == 2 else sentence, file=sys.stderr)
                         self._store.set("spoken", "1")
                         end_process(code)
+                if self._told_to_end():
+                    lost = silence.after(self._beats())
+                    first = self.rank == min(set(range(self.size)) - set(lost))
+                    if lost and first and self._speaking.acquire(blocking=False):
+                        print(self._lost(lost), file=sys.stderr)
+                        end_process(1)
             except RuntimeError:
                 return
+
+    def _told_to_end(self) -> bool:
+        """Whether torchrun, which has seen a rank end, told this one to. Where the main thread waits in a collective on
+        a GPU, it can neither fail nor hear of it."""
+        with contextlib.suppress(BlockingIOError):
+            self._told |= signal.SIGTERM in (self._signals.recv(64) if self._signals else b"")
+        return self._told
+
+
+class Silence:
+    """Since when the other ranks have not been heard of."""
+
+    def __init__(self, rank: int, size: int):
+        self._rank, self._beats, self._since = rank, [b""] * size, [0.0] * size
+
+    def after(self, beats: list[bytes]) -> list[int]:
+        """The ranks whose beats are what they were `SILENT_SECONDS` before."""
+        now = time.monotonic()
+        for rank, (beat, before) in enumerate(zip(beats, self._beats, strict=True)):
+            if beat != before or not self._since[rank]:
+                self._since[rank] = now
+        self._beats = beats
+        return [r for r, since in enumerate(self._since) if r != self._rank and now - since >= SILENT_SECONDS]
+
+
+def _numbers_of_signals() -> tuple[socket.socket | None, socket.socket | None]:
+    """A socket that signals are written into, whatever the main thread does, and its other end."""
+    if threading.current_thread() is not threading.main_thread():
+        return None, None
+    read, write = socket.socketpair()
+    read.setblocking(False)
+    write.setblocking(False)
+    signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+    return read, write
+
+
+def _kept(reason: str) -> RankLost:
+    return RankLost(f"{reason}; the last checkpoint is kept, and the same command goes on from there")
 
 
 def _is_of_connection(error: Exception) -> bool:

@@ -1,7 +1,11 @@
 """Two processes with gloo against one."""
 
 import json
+import os
+import signal
 import socket
+import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -17,6 +21,7 @@ from rodimus_lab.records import RunDir
 from rodimus_lab.train import Interrupted, train
 from rodimus_lab.train.distributed import end_process, session
 from rodimus_lab.train.optimizer import build_optimizer, decay_groups
+from rodimus_lab.train.signals import StopSignal
 from rodimus_lab.train.step import Stepper
 
 CHANGES = {"dropout": 0.0}  # The ranks drop other activations than one process does.
@@ -116,6 +121,37 @@ def test_a_killed_rank_and_a_full_disk_are_named_and_the_job_goes_on_by_itself(t
     assert "Traceback (most recent call last)" not in done.err
     assert (run_folder(tmp_path, RECIPE) / "record.json").exists()
     same(metrics(tmp_path), metrics(whole))
+
+
+def test_a_killed_rank_is_named_by_one_that_hangs(tmp_path, monkeypatch):
+    """As one does in a collective on a GPU, where nothing fails; torchrun tells it to end."""
+    monkeypatch.setattr("rodimus_lab.train.failures.SILENT_SECONDS", 1.0)
+
+    def main(rank):
+        with session("cpu"), StopSignal():
+            if rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            time.sleep(20)
+        return 0
+
+    ranks = start_ranks(2, main, tmp_path)
+    assert [rank.code for rank in ranks] == [1, -signal.SIGKILL]
+    lost = "rank 1 of 2 ended without a word; the last checkpoint is kept, and the same command goes on from there"
+    assert ranks[0].err == f"{lost}\n"
+
+
+def test_ranks_that_are_told_to_end_and_live_are_not_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr("rodimus_lab.train.failures.SILENT_SECONDS", 1.0)
+
+    def main(rank):
+        with session("cpu") as world, StopSignal() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(3)
+            return 0 if world.any(signals.received is not None) else 3
+
+    ranks = start_ranks(2, main, tmp_path)
+    assert [(rank.code, rank.err) for rank in ranks] == [(0, "")] * 2
 
 
 def test_ranks_that_do_not_meet_say_where(monkeypatch):
