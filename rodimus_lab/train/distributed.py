@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ __all__ = ["World", "device_type", "end_process", "session", "whole"]
 
 T = TypeVar("T")
 MEETING = timedelta(minutes=10)
+_sessions = count()
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,11 @@ def session(device: str | None = None, *, replicas: int = 1, parts: int = 1) -> 
     """
     name = device_type(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    for what, count in (("replicas", replicas), ("sequence_parallel", parts)):
-        if count < 1 or size % count:
-            raise UserError(f"{what} is {count}, which does not divide {size} rank{'s' * (size > 1)}; choose a divisor")
+    for what, number in (("replicas", replicas), ("sequence_parallel", parts)):
+        if number < 1 or size % number:
+            raise UserError(
+                f"{what} is {number}, which does not divide {size} rank{'s' * (size > 1)}; choose a divisor"
+            )
     if size == 1:
         yield World(0, 1, torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name))
         return
@@ -145,8 +149,9 @@ def session(device: str | None = None, *, replicas: int = 1, parts: int = 1) -> 
     backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
     try:
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))
-        # torchrun's store outlives a restart, and what the ranks of before left there would mislead those of now.
-        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        # The store outlives a session, and torchrun's a restart; what ranks left there would mislead those of now.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt-{attempt}-{next(_sessions)}", store)
         dist.init_process_group(backend, store=dist.PrefixStore("train", store), rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -102,6 +102,19 @@ def test_from_one_process_to_two(tmp_path, whole):
         assert (a - b).abs().max() < 1e-5
 
 
+def test_ranks_train_one_run_after_another(tmp_path):
+    """What the first left in the store that they met at is not the second's."""
+    steps = [{**CHANGES, "steps": 3}, {**CHANGES, "steps": 4}]
+
+    def main(rank):
+        return sum(train_fakes.main(str(tmp_path), json.dumps(changes), "{}", "{}") for changes in steps)
+
+    ranks = start_ranks(2, main, tmp_path)
+    assert [rank.code for rank in ranks] == [0, 0], ranks
+    for changes in steps:
+        assert (run_folder(tmp_path, tiny_recipe(**changes)) / "record.json").exists()
+
+
 def test_a_failing_rank_speaks_alone(tmp_path):
     ranks = two_ranks(tmp_path, faults={3: "fail on rank 1"})
     assert all(rank.code for rank in ranks)
