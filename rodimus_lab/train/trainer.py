@@ -5,6 +5,7 @@ Shapes: B batch, T time.
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 import time
@@ -123,6 +124,9 @@ def train(recipe: Recipe, options: TrainOptions | None = None, *, open_feed: Ope
             for old in (*folder.glob("step-*"), folder / BEST):
                 shutil.rmtree(old, ignore_errors=True)
             (folder / TIMING).unlink(missing_ok=True)
+        gc.collect()  # Sharded models refer to themselves; an earlier one's memory is this run's.
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
         try:
             return Trainer(recipe, open_feed(recipe, world), options, run, world, folder).fit()
         except torch.OutOfMemoryError:

@@ -1,6 +1,8 @@
+import gc
 import json
 import signal
 from dataclasses import replace
+from weakref import ref
 
 import pytest
 import torch
@@ -285,3 +287,26 @@ def test_data_that_is_not_split_over_ranks_is_refused_before_they_meet(tmp_path,
     feed = replace(memory_feed(recipe, of_two), **given)
     with pytest.raises(UserError, match=f"{told}.* not split over ranks; leave out sequence_parallel"):
         Trainer(recipe, feed, options(tmp_path), None, of_two, tmp_path)
+
+
+def test_a_run_has_the_memory_of_the_one_before(tmp_path, monkeypatch):
+    """Of a model that refers to itself too, as sharded ones do."""
+    weights, alive = [], []
+
+    def feed(recipe, world):
+        alive.extend(reference() is not None for reference in weights)
+        return memory_feed(recipe, world)
+
+    def finish(trainer):
+        trainer.model.itself = [trainer.model]
+        weights.append(ref(next(trainer.model.parameters())))
+        return {}
+
+    monkeypatch.setattr(Trainer, "_finish", finish)
+    gc.disable()
+    try:
+        for steps in (3, 4):
+            train(tiny_recipe(steps), options(tmp_path), open_feed=feed)
+    finally:
+        gc.enable()
+    assert alive == [False]
