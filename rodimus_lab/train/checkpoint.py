@@ -105,11 +105,10 @@ class CheckpointStore:
             self._group = dist.new_group(backend="gloo")
         # Of tensors on a GPU torch makes the copies; those on the CPU it would write as they are by then.
         copies = {name: tensor.detach().clone() if tensor.is_cpu else tensor for name, tensor in tensors.items()}
-        with _quiet():
-            writer = _dcp().HuggingFaceStorageWriter(str(temporary / TENSORS), save_distributed=True)
-            written = _dcp().async_save(
-                copies, storage_writer=writer, process_group=self._group, no_dist=self.world.size == 1
-            )
+        writer = _dcp().HuggingFaceStorageWriter(str(temporary / TENSORS), save_distributed=True)
+        written = _dcp().async_save(
+            copies, storage_writer=writer, process_group=self._group, no_dist=self.world.size == 1
+        )
         assert isinstance(written, Future)
         self._pending = Pending(step, temporary, json.loads(canonical_json(state)), written)
 
@@ -149,9 +148,8 @@ class CheckpointStore:
         for damage in damages:
             say(f"{damage}; an earlier one is used instead")
         path = self.path(chosen)
-        with _quiet():
-            reader = _dcp().HuggingFaceStorageReader(str(path / TENSORS))
-            _dcp().load(dict(tensors), storage_reader=reader, no_dist=self.world.size == 1)
+        reader = _dcp().HuggingFaceStorageReader(str(path / TENSORS))
+        _dcp().load(dict(tensors), storage_reader=reader, no_dist=self.world.size == 1)
         random = path / f"random-{self.world.rank:05d}.safetensors"
         if random.exists():
             _set_random_state(load_file(random))
@@ -163,9 +161,8 @@ class CheckpointStore:
         (temporary / TENSORS).mkdir(parents=True)
 
     def _write_shards(self, directory: Path, tensors: Mapping[str, Tensor]) -> None:
-        with _quiet():
-            writer = _dcp().HuggingFaceStorageWriter(str(directory), save_distributed=True)
-            _dcp().save(dict(tensors), storage_writer=writer, no_dist=self.world.size == 1)
+        writer = _dcp().HuggingFaceStorageWriter(str(directory), save_distributed=True)
+        _dcp().save(dict(tensors), storage_writer=writer, no_dist=self.world.size == 1)
 
     def _seal(self, temporary: Path, target: Path, state: Mapping[str, Any]) -> None:
         write_atomic(temporary / STATE, canonical_json(state))
@@ -240,6 +237,8 @@ def _dcp() -> ModuleType:
     """Loaded by whoever first writes or reads: it takes most of a second."""
     import torch.distributed.checkpoint
 
+    # For good: what saves in the background is another thread, to which no context reaches.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     return torch.distributed.checkpoint
 
 
@@ -266,10 +265,3 @@ def _sync(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -1,6 +1,7 @@
 import json
 import re
 import resource
+import warnings
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,17 @@ def test_round_trip_with_random_state(tmp_path):
     assert store.restore(read, print) == {"step": 3}
     assert all(torch.equal(read[name], value) for name, value in tensors(3.0).items())
     assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_nothing_is_said_of_ranks_that_there_are_none(tmp_path, in_background):
+    store = CheckpointStore(tmp_path, ALONE)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        store.save(1, tensors(1.0), {"step": 1}, in_background=in_background)
+        store.finish()
+        store.restore(tensors(0.0), print)
+    assert not [str(one.message) for one in said if "torch.distributed" in str(one.message)]
 
 
 def test_nothing_to_restore(tmp_path):
