@@ -17,7 +17,9 @@ import resource
 import signal
 import struct
 import sys
-import threading
+from collections import deque
+from functools import partial
+from operator import call
 from typing import Any
 
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
@@ -37,11 +39,18 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_SECCOMP, PR_SET_NO_NE
 CAPABILITY_VERSION = 0x20080522
 NOBODY = 65534
 FIRST_UID = 2_000_000  # Each program has an id of its own, so that one's processes do not count as another's.
-# Calls that are refused: sockets, other namespaces and mounts, other processes' memory, and ways around this filter.
+# Calls that are refused: sockets, other namespaces and mounts, other processes' memory, and ways around this filter;
+# and memory that no limit counts (shmget, msgget, semget, memfd_create, memfd_secret).
 REFUSED = {
-    "x86_64": (41, 53, 425, 272, 308, 165, 428, 429, 430, 101, 310, 311, 298, 321, 250, 248, 249, 303, 304, 323, 438),
-    "aarch64": (198, 199, 425, 97, 268, 40, 428, 429, 430, 117, 270, 271, 241, 280, 219, 217, 218, 264, 265, 282, 438),
-}
+    "x86_64": (
+        41, 53, 425, 272, 308, 165, 428, 429, 430, 101, 310, 311, 298, 321, 250, 248, 249, 303, 304, 323, 438,
+        29, 68, 64, 319, 447,
+    ),
+    "aarch64": (
+        198, 199, 425, 97, 268, 40, 428, 429, 430, 117, 270, 271, 241, 280, 219, 217, 218, 264, 265, 282, 438,
+        194, 186, 190, 279, 447,
+    ),
+}  # fmt: skip
 # Besides, where nothing hides the other files: mknod, mknodat, openat2.
 NODES = {"x86_64": (133, 259, 437), "aarch64": (33, 437)}
 # The calls that take a folder's descriptor first (openat, mkdirat, unlinkat, linkat, symlinkat, fchmodat, fchownat),
@@ -50,8 +59,14 @@ AT_CALLS = {"x86_64": (257, 258, 263, 265, 266, 268, 260), "aarch64": (56, 34, 3
 RENAMES = {"x86_64": (264, 316), "aarch64": (38, 276)}
 # Landlock's calls (create a set of rules, add one, take it on) and every right to change files in its first version.
 LANDLOCK, CHANGING, BENEATH = (444, 445, 446), 0b1111111110010, 1
-# Besides, where nothing hides the other processes: kill, tkill, pidfd_send_signal, pidfd_open, setpriority, sched_*.
-SIGNALS = {"x86_64": (62, 200, 424, 434, 141, 144, 302, 57, 58), "aarch64": (129, 130, 424, 434, 140, 119, 261)}
+# Besides, where nothing hides the other processes: kill, tkill, pidfd_send_signal, pidfd_open, setpriority, prlimit64,
+# rt_sigqueueinfo, rt_tgsigqueueinfo, ioprio_set, migrate_pages, move_pages, sched_*; fork and vfork.
+SIGNALS = {
+    "x86_64": (62, 200, 424, 434, 141, 302, 129, 297, 251, 256, 279, 142, 144, 203, 314, 57, 58),
+    "aarch64": (129, 130, 424, 434, 140, 261, 138, 240, 30, 238, 239, 118, 119, 122, 274),
+}
+# tgkill, by which a process also signals itself.
+SIGNAL_THREAD = {"x86_64": 234, "aarch64": 131}
 CLONE = {"x86_64": 56, "aarch64": 220}
 CLONE3, CLONE_THREAD, CLONE_NEW = 435, 0x10000, 0x7E020000
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -89,11 +104,21 @@ DENIED_EVENTS = (
     "syslog.",
     "signal.pthread_kill",
     "sys.addaudithook",
+    "cpython.PyInterpreterState_New",
 )
-# Of Python's own insides, in every isolation: where the frames that know the proof could be found.
-INSIDES = ("sys._current_frames", "sys._current_exceptions", "gc.get_objects", "gc.get_referrers", "gc.get_referents")
+# Of Python's own insides, in every isolation: where what knows the proof could be found, or led past a failure.
+INSIDES = {
+    "sys._current_frames",
+    "sys._current_exceptions",
+    "sys.settrace",
+    "sys.setprofile",
+    "sys.monitoring.register_callback",
+    "gc.get_objects",
+    "gc.get_referrers",
+    "gc.get_referents",
+}
 # Modules whose C code opens files by name without an event.
-UNSEEN = {"readline", "_ssl", "_gdbm", "_dbm", "_curses", "_tkinter", "_posixshmem"}
+UNSEEN = {"readline", "_ssl", "_gdbm", "_dbm", "_curses", "_tkinter", "_posixshmem", "_multiprocessing"}
 IN_FOLDER = ("os.chdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.utime", "shutil.rmtree")
 
 
@@ -235,6 +260,9 @@ def _filter_calls(libc: Any, machine: str, alone: bool) -> None:
         lines += [line(JUMP_ABOVE, 0x40000000, 0, 1), line(RETURN, KILL)]
     for number in REFUSED[machine] + (() if alone else SIGNALS[machine] + NODES[machine]):
         lines += [line(JUMP_EQUAL, number, 0, 1), line(RETURN, ERRNO | EPERM)]
+    if not alone:
+        lines += [line(JUMP_EQUAL, SIGNAL_THREAD[machine], 0, 4), line(LOAD, 16), line(JUMP_EQUAL, os.getpid(), 1)]
+        lines += [line(RETURN, ERRNO | EPERM), line(RETURN, ALLOW)]
     here = AT_FDCWD & 0xFFFFFFFF
     for number, places in (
         [] if alone else [(n, (16,)) for n in AT_CALLS[machine]] + [(n, (16, 32)) for n in RENAMES[machine]]
@@ -308,39 +336,48 @@ def _lock_land(libc: Any, folder: str) -> None:
 def _run(order: dict[str, Any], verdict: int) -> None:
     """Execute the program; only one that runs to its end has passed. What it prints goes nowhere.
 
-    It runs in a thread of its own: its frames do not lead to this one, which has the proof, and a process that it forks
-    comes to no end here.
+    The proof is out of reach of frames and modules: C code alone holds it and writes it behind the program's end, and
+    nothing that the program may have put in another's place is called between the two.
     """
-    passed = json.dumps({"token": order.pop("token"), "passed": True}).encode() + b"\n"
-    program = order.pop("program")
     sys.path[:] = [*(path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))), *order["paths"]]
+    program = order.pop("program")
     write, leave = os.write, os._exit
+    if order["isolation"] == "hooks" and "numpy" in program:
+        import numpy  # noqa: F401  (Its own import needs what is refused from here on.)
+    _refuse_insides()  # First: the other refuses further hooks, in silence.
     if order["isolation"] == "hooks":
-        if "numpy" in program:
-            import numpy  # noqa: F401  (Its own import needs what is refused from here on.)
         _refuse(order["folder"])
-    _refuse_insides()
-    outcome: list[str | None] = []
-    thread = threading.Thread(target=_execute, args=(program, outcome))
+    reasons: list[str] = []
+    in_turn: Any = call
     write(verdict, b'{"ready": true}\n')  # From here on its time is counted.
-    thread.start()
-    thread.join()
-    reasons = [reason for reason in outcome if reason is not None]
-    said = json.dumps({"reason": reasons[-1] if reasons else "ended before its end"}).encode() + b"\n"
-    write(verdict, passed if outcome == [None] else said)
+    try:
+        deque(
+            map(
+                in_turn,
+                (
+                    partial(_execute, program, reasons),
+                    partial(write, verdict, json.dumps({"token": order.pop("token"), "passed": True}).encode() + b"\n"),
+                ),
+            ),
+            maxlen=0,
+        )
+    except BaseException:
+        write(verdict, json.dumps({"reason": reasons[-1] if reasons else "ended before its end"}).encode() + b"\n")
     leave(0)
 
 
-def _execute(program: str, outcome: list[str | None]) -> None:
-    """Add None to `outcome` once the program has come to its end, else why it has not."""
+def _execute(program: str, reasons: list[str]) -> None:
+    """Run the program to its end, or add why it has none to `reasons` and raise. A process that it forks ends here."""
     namespace: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__}
-    short = _short  # What the program may put in its place counts for nothing.
+    short, leave, getpid, first = _short, os._exit, os.getpid, os.getpid()  # What it puts in their places is not used.
     try:
         exec(compile(program, "<program>", "exec", dont_inherit=True), namespace)
     except BaseException as error:
-        outcome.append(short(error))
-    else:
-        outcome.append(None)
+        reasons.append(short(error))
+        raise
+    finally:
+        if getpid() != first:
+            leave(0)
 
 
 def _short(error: BaseException) -> str:

@@ -105,6 +105,57 @@ class TestPrograms:
         verdicts = run_programs([f"{start}\nassert False" for start in (walk, every, collected)], QUICK, isolation)
         assert not any(verdict.passed for verdict in verdicts)
 
+    def test_a_verdict_cannot_be_forged_by_what_runs_after_it(self, isolation):
+        """By functions that are put in the place of those that end the program, or by leaving the failing line."""
+        find = (
+            "import _thread, json, os, sys, threading, time\n"
+            "def walk(*_):\n"
+            "  try:\n"
+            "    1 / 0\n"
+            "  except ZeroDivisionError as error:\n"
+            "    frame = error.__traceback__.tb_frame\n"
+            "  while frame is not None:\n"
+            "    for value in list(frame.f_locals.values()):\n"
+            "      if isinstance(value, bytes) and b'token' in value: [os.write(n, value) for n in range(3, 20)]\n"
+            "    frame = frame.f_back\n"
+            "  return ''\n"
+        )
+        race = (
+            "import sys, threading\nfound = [v for v in sys._getframe(1).f_locals.values() if isinstance(v, list)]\n"
+            "sys.setswitchinterval(1e-6)\n"
+            "def loop():\n  while True:\n    for one in found: one[:] = [None]\n"
+            "threading.Thread(target=loop, daemon=True).start()"
+        )
+        jump = (
+            "import sys\ndef trace(frame, event, _):\n"
+            "  if event == 'line': frame.f_lineno = 9\n"
+            "  return trace\n"
+            "sys._getframe(0).f_trace = trace\nsys.settrace(trace)\nassert False\npass"
+        )
+        attempts = [
+            f"{find}json.dumps = walk\nassert False",
+            f"{find}threading.Thread._stop = threading.Thread._delete = walk\nassert False",
+            f"{find}import __main__\n__main__._short = walk\n_thread.interrupt_main()\ntime.sleep(1)\nassert False",
+            f"{find}class Error(Exception):\n  __str__ = walk\nraise Error",
+            f"{race}\nassert False",
+            jump,
+        ]
+        for attempt, verdict in zip(attempts, run_programs(attempts, QUICK, isolation), strict=True):
+            assert not verdict.passed, attempt
+
+    def test_a_handler_of_a_signal_runs(self, isolation):
+        program = (
+            "import signal, time\ncalled = []\n"
+            "signal.signal(signal.SIGALRM, lambda *_: called.append(1))\n"
+            "signal.setitimer(signal.ITIMER_REAL, 0.05)\ntime.sleep(0.3)\nassert called"
+        )
+        assert run(program, isolation).passed
+
+    def test_its_process_has_no_other_insides(self, isolation):
+        for inside in ("gc.get_objects()", "sys._current_frames()", "sys.setprofile(print)"):
+            verdict = run(f"import gc, sys\n{inside}", isolation)
+            assert verdict.reason.startswith("PermissionError: generated code may not do"), inside
+
     def test_a_process_that_it_forks_speaks_not_for_it(self, isolation):
         verdict = run("import os, time\nif os.fork():\n  time.sleep(0.3)\n  assert False, 'the first'", isolation)
         assert not verdict.passed
@@ -154,6 +205,18 @@ class TestBreakingOut:
     def test_a_memory_hog(self, isolation):
         assert run("x = bytearray(1 << 30)", isolation).reason == "MemoryError:"
         assert not run("x = []\nwhile True: x.append(bytearray(1 << 20))", isolation).passed
+
+    def test_memory_that_no_limit_counts(self, isolation):
+        """System V's, which outlives a process, and files in memory."""
+        refused(
+            isolation,
+            "import os, ctypes; libc = ctypes.CDLL(None)",
+            "assert libc.shmget(0, 1 << 20, 0o1600) >= 0",
+            "assert libc.msgget(0, 0o1600) >= 0",
+            "assert libc.semget(0, 1, 0o1600) >= 0",
+            "os.memfd_create('x')",
+        )
+        assert run("import os\nos.memfd_create('x')", isolation).reason.startswith("PermissionError")
 
     def test_a_file_that_grows(self, isolation):
         assert not run("f = open('a', 'wb')\nwhile True: f.write(bytes(1 << 20)); f.flush()", isolation).passed
@@ -255,6 +318,20 @@ class TestBreakingOut:
             run(f"import ctypes, os, signal\n{attempt}", isolation)
         neighbour.join()
         assert beside[0].passed
+
+    def test_where_other_processes_are_in_reach(self):
+        """Neither their processors nor their signals; its own signals are."""
+        try:
+            run_program("pass", isolation="hooks")
+        except UserError as error:
+            pytest.skip(f"this machine has no hooks: {error}")
+        verdict = run("import os\nos.sched_setaffinity(0, {0})", "hooks")
+        assert verdict.reason.startswith("PermissionError: [Errno 1]")
+        assert run("import signal\nsignal.signal(10, lambda *_: None)\nsignal.raise_signal(10)", "hooks").passed
+        inner = "try:\n  import _interpreters as i\nexcept ImportError:\n  import _xxsubinterpreters as i\ni.create()"
+        assert not run(inner, "hooks").passed
+        named = "import _multiprocessing as m\nm.SemLock(1, 1, 1, '/left', False)"
+        assert run(named, "hooks").reason == "PermissionError: generated code may not import _multiprocessing"
 
     def test_ways_around(self, isolation):
         """System calls past Python's own functions: a socket, a new namespace, tracing, a mount; more of a limit."""
