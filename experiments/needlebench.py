@@ -7,6 +7,7 @@ to 14; Figure 5 and a table are of all of them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count, pairwise
@@ -124,9 +125,10 @@ def needlebench(
         for one in given or ():
             if one not in known:
                 raise UserError(f"{option} has no {one!r}{did_you_mean(one, known)}")
+    _each_once({"--task": task, "--language": language, "--length": length, "--depth": depth})
     spec = Spec.from_dict(
         {
-            "lengths": length or PRESETS[preset],
+            "lengths": sorted(length) if length else PRESETS[preset],
             "repeats": repeats,
             "buffer": buffer,
             "length_tokenizer": length_tokenizer,
@@ -134,8 +136,8 @@ def needlebench(
             "score_empty": score_empty,
         }
         | ({"depths": sorted(depth)} if depth else {})
-        | ({"tasks": task} if task else {})
-        | ({"languages": language} if language else {})
+        | ({"tasks": [one for one in TASKS if one in task]} if task else {})
+        | ({"languages": [one for one in LANGUAGES if one in language]} if language else {})
     )
     kind = device_type(device)
     checkpoint = open_checkpoint(run)
@@ -151,6 +153,13 @@ def needlebench(
     for record in _maps([kept]):
         for path in write_figure(heat_maps(record), figures_root(), f"{EXPERIMENT}-{record.id}"):
             print(path)
+
+
+def _each_once(options: Mapping[str, Sequence[Any] | None]) -> None:
+    for option, values in options.items():
+        for one, times in Counter(values or ()).items():
+            if times > 1:
+                raise UserError(f"{option} names {one} twice; give it once")
 
 
 class Examined(NamedTuple):
@@ -208,7 +217,7 @@ def _score(
     run.create(asked)
     run.write_env(facts)
     run.truncate_metrics(_whole_lines(run.path / METRICS))
-    results = resumed(run.read_metrics())
+    results = resumed(run.read_metrics(), spec, run.path / METRICS)
 
     scored = count(len(results) + 1)
     with Progress(run.id, len(list(spec.cells())), unit="cell", console=Console(stderr=True)) as progress:
@@ -269,7 +278,8 @@ def lines(record: Record) -> list[str]:
     found = [f"{record.id}: {metrics['cells']:,} cells; {asked}", *said]
     if impossible := metrics["impossible"]:
         key, reason = next(iter(impossible.items()))
-        found.append(f"not scored: {len(impossible):,} cells, such as {key} ({reason})")
+        cells = f"{len(impossible):,} cells, such as" if len(impossible) > 1 else "one cell,"
+        found.append(f"not scored: {cells} {key} ({reason})")
     return found
 
 
@@ -289,8 +299,15 @@ def heat_maps(record: Record) -> Panels:
         for task, name in NAMES.items()
         if task in grids
     ]
-    measured = f"lengths in tokens of {record.recipe['length_tokenizer']['name']}"
-    return Panels(f"NeedleBench, {record.id}", parts, remark=measured, runs=[record])
+    return Panels(f"NeedleBench, {record.id}", parts, remark="; ".join(_legend(parts)), runs=[record])
+
+
+def _legend(parts: Sequence[HeatMap]) -> list[str]:
+    """What of the maps is no score."""
+    means = [mean for part in parts for mean in part.means()]
+    hatched = any(value is None for part in parts for row in part.values for value in row)
+    line = "white line: the mean over the depths, 0 at the bottom and 100 at the top"
+    return [line] * any(mean is not None for mean in means) + ["hatched: cannot be asked, not scored"] * hatched
 
 
 def _maps(records: Sequence[Record]) -> list[Record]:
@@ -354,7 +371,8 @@ for _number, _model in enumerate(MODELS, 9):
 
 @report("needlebench", experiments=(EXPERIMENT,))
 def needlebench_table(records: Sequence[Record], paper: PaperResults) -> Table:
-    """NeedleBench's subtasks and overall score, of the paper's one model with printed numbers and of ours."""
+    """NeedleBench's subtasks and overall score, of the paper's one model with printed numbers and of ours, and the
+    ancestry scores that ours have."""
     rows: dict[str, dict[str, Any]] = {}
     for row in paper.figure("05"):
         if row["context_k"] == "mean":
@@ -364,10 +382,19 @@ def needlebench_table(records: Sequence[Record], paper: PaperResults) -> Table:
         list(rows.values()),
         records,
         title="NeedleBench (Figure 5)",
-        metrics=[Metric(NAMES[task], task, task, "higher") for task in (*SUBTASKS, "overall")],
+        metrics=[
+            *(Metric(NAMES[task], task, task, "higher") for task in (*SUBTASKS, "overall")),
+            *(Metric(name, metric, None, "higher") for metric, name in _ancestry_names(records).items()),
+        ],
         caption=f"Means over depths, then lengths. The overall score is {weights}, cell by cell.",
         notes=[
             "The paper's grid is 1k to 16k in tokens of gpt-4. Cells that cannot be asked are left out of ours, and "
             "with them the overall score of such a length and depth."
         ],
     )
+
+
+def _ancestry_names(records: Sequence[Record]) -> dict[str, str]:
+    """Of the ancestry scores that any record has."""
+    found = sorted({metric for record in records for metric in record.metrics if metric.startswith("ancestry")})
+    return {metric: metric.replace("_", " ").capitalize() for metric in found}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from evals.needlebench.ancestry import ancestry_examples
@@ -13,6 +14,7 @@ from evals.needlebench.source import Source
 from evals.needlebench.spec import Cell, Spec, Task
 from rodimus_lab.data import Tokenizer
 from rodimus_lab.decoder import Decoder
+from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModel
 from rodimus_lab.sampling import Sampling
 
@@ -156,6 +158,28 @@ class Generation:
         return self._decoder.tokens(self.max_new_tokens)
 
 
-def resumed(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The cells' results out of a run's metrics."""
-    return {line["cell"]: {name: value for name, value in line.items() if name != "cell"} for line in lines}
+def resumed(lines: Sequence[Mapping[str, Any]], spec: Spec, path: Path) -> dict[str, dict[str, Any]]:
+    """The cells' results out of a run's metrics, read from `path`. Raises `UserError` naming a line that is none."""
+    known = {cell.key: cell for cell in spec.cells()}
+    found = {}
+    for number, line in enumerate(lines, 1):
+        result = {name: value for name, value in line.items() if name != "cell"}
+        if (key := line.get("cell")) not in known or not _whole(result, known[key], spec):
+            raise UserError(f"line {number} of {path} is no cell of this grid; delete the run's folder and run again")
+        found[key] = result
+    return found
+
+
+def _whole(result: Mapping[str, Any], cell: Cell, spec: Spec) -> bool:
+    """Whether a result has all that is summed up of it."""
+    if "impossible" in result:
+        return isinstance(result["impossible"], str)
+    scores = result.get("scores")
+    wanted = len(spec.depths) if cell.task == "multi_retrieval" else 1
+    if not isinstance(scores, list) or len(scores) != wanted:
+        return False
+    return all(_is_score(one) for one in (*scores, *([result.get("circular")] if cell.task == "ancestry" else [])))
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 100

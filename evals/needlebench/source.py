@@ -68,6 +68,8 @@ def open_source(folder: Path | None, tasks: Iterable[Task], languages: Iterable[
     in_text = bool(tasks - {"ancestry"})
     haystacks = {language: files.lines(HAYSTACKS[language], _document) for language in languages if in_text}
     needles = files.lines(NEEDLES, _needle) if tasks & {"single_retrieval", "multi_retrieval"} else []
+    if "multi_retrieval" in tasks:
+        _check_formats(needles)
     chains = {language: files.chains(CHAINS[language]) for language in languages if "multi_reasoning" in tasks}
     names = files.names(languages) if "ancestry" in tasks else {}
     return Source(haystacks, needles, chains, names, files.digest.hexdigest()[:16], files.origin)
@@ -129,6 +131,15 @@ class _Files:
         return str(self.folder or HUB)
 
 
+def _check_formats(needles: Iterable[Needle]) -> None:
+    for needle in needles:
+        if needle.question.count("'") < 2:
+            raise UserError(
+                f"the question {needle.question!r} of {NEEDLES} has no format of its answer in single quotes, which "
+                "multi_retrieval joins; add it, or leave that task out"
+            )
+
+
 def _document(line: str) -> str:
     text = json.loads(line)["text"]
     if not isinstance(text, str):
@@ -153,6 +164,8 @@ def _chains(text: str) -> list[Chain]:
 
 def _chain(value: Mapping[str, Any]) -> Chain:
     chain = Chain(value["derivation_count"], tuple(value["derivations"]), value["question"], value["answer"])
+    if not isinstance(chain.size, int) or not isinstance(value["derivations"], list):
+        raise TypeError
     if not chain.answer.split() or not all(isinstance(text, str) for text in (*chain.needles, chain.question)):
         raise TypeError
     return chain

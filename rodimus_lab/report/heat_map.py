@@ -68,7 +68,7 @@ class HeatMap:
     def _mark(self, axes: Any) -> None:
         places = [index + 0.5 for index in range(len(self.xs))]
         # A dollar sign would begin a formula.
-        names = [x.replace("$", r"\$") if isinstance(x, str) else f"{x / 1000:g}k" for x in self.xs]
+        names = [x.replace("$", r"\$") if isinstance(x, str) else _short(x) for x in self.xs]
         axes.set_xticks(places, names)
         if any(isinstance(x, str) for x in self.xs):
             axes.tick_params(axis="x", labelsize=6, labelrotation=90)
@@ -80,6 +80,10 @@ class HeatMap:
         over.set(ylim=(0, 100), yticks=[])
         over.grid(False)
         points = [(index + 0.5, mean) for index, mean in enumerate(self.means()) if mean is not None]
-        over.plot([x for x, _ in points], [mean for _, mean in points], color="white", marker="o")
+        over.plot([x for x, _ in points], [mean for _, mean in points], color="white", marker="o", clip_on=False)
         for x, mean in points:
             over.annotate(f"{mean:.1f}", (x, mean), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+
+
+def _short(length: int) -> str:
+    return f"{length / 1000:g}k" if length >= 1000 else str(length)

@@ -27,6 +27,7 @@ from experiments.needlebench import (
 )
 from rodimus_lab.convert.provenance import Provenance
 from rodimus_lab.decoder import PREFILL_CHUNK
+from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModel
 from rodimus_lab.nn.zoo import SIZES, model_config
 from rodimus_lab.records import load_records, load_unfinished
@@ -181,6 +182,29 @@ def test_an_interrupted_run_goes_on_with_the_cells_that_are_missing(model, monke
     assert score(model).metrics == whole
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"scores": [1]},
+        {"cell": "single_retrieval_en/501/0", "scores": [1]},
+        {"cell": "single_retrieval_en/500/0", "scores": "x"},
+        {"cell": "single_retrieval_en/500/0", "scores": [float("nan")]},
+        {"cell": "multi_retrieval_en/500", "scores": [1, 2]},
+        {"cell": "multi_retrieval_en/500", "impossible": None},
+    ],
+    ids=str,
+)
+def test_a_line_of_metrics_that_is_no_cell_is_named(model, monkeypatch, line) -> None:
+    monkeypatch.setattr(runner, "Generation", Knowing)
+    record = score(model)
+    (record.path / "record.json").unlink()
+    metrics = record.path / "metrics.jsonl"
+    first, *rest = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join([first, json.dumps(line) + "\n", *rest[1:]]))
+    with pytest.raises(UserError, match=r"^line 2 of .*metrics\.jsonl is no cell of this grid; delete"):
+        score(model)
+
+
 def test_a_finished_run_is_left_as_it_is(model, monkeypatch) -> None:
     monkeypatch.setattr(runner, "Generation", Knowing)
     first = score(model)
@@ -228,8 +252,14 @@ def test_figures_and_table_of_a_record(model, monkeypatch, place) -> None:
     rows = figure_csv(maps).splitlines()
     assert rows[0] == "panel,column,Length (tokens),Depth (%),value,source,corpus,budget,device"
     assert f'Multi-needle retrieval: 100.00,0,150,50,,{record.id},made-up,"{record.budget_text}",cpu' in rows
-    assert maps.note.startswith(f"{record.id}: made-up, bytes tokens, {record.budget_text}, cpu; lengths in")
-    assert "not scored: " in lines(record)[-1]
+    assert maps.note == (
+        f"{record.id}: made-up, bytes tokens, {record.budget_text}, cpu; white line: the mean over the depths, "
+        "0 at the bottom and 100 at the top; hatched: cannot be asked, not scored"
+    )
+    assert "hatched" not in heat_maps(score(model)).note
+    assert lines(record)[-1].startswith("not scored: 14 cells, such as ")
+    alone = score(model, spec.replace(tasks=("multi_retrieval",), languages=("en",)))
+    assert lines(alone)[-1].startswith("not scored: one cell, multi_retrieval_en/150 (150 tokens less")
     pytest.importorskip("matplotlib")
     first, again = (write_figure(maps, place / name, "maps") for name in ("first", "again"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
@@ -242,6 +272,10 @@ def test_figures_and_table_of_a_record(model, monkeypatch, place) -> None:
     texts = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
     assert "19.11" in texts["Rodimus+-1.6B"]
     assert "100.00" in texts["tiny"]
+    assert not any("ncestry" in header for header in table.headers)
+    asked = score(model, spec.replace(tasks=(*spec.tasks, "ancestry"), names=(2, 4)))
+    headers = needlebench_table([asked], PaperResults()).headers
+    assert any(header.startswith("Ancestry en circular (made-up") for header in headers)
 
 
 def test_figures_9_to_14_are_of_the_papers_models(model, monkeypatch) -> None:
@@ -294,7 +328,10 @@ def test_ancestry_alone_has_no_heat_map(cli, smoke_run, tmp_path) -> None:
         (["--task", "reading"], ["--task", "'reading'", "single_retrieval", "ancestry"]),
         (["--language", "de"], ["--language", "'de'", "en, zh"]),
         (["--length", "0"], ["--length", "1"]),
-        (["--length", "500", "--length", "500"], ["'lengths' names one thing twice"]),
+        (["--length", "500", "--length", "500"], ["--length names 500 twice; give it once"]),
+        (["--depth", "0", "--depth", "5", "--depth", "0"], ["--depth names 0 twice; give it once"]),
+        (["--task", "ancestry", "--task", "ancestry"], ["--task names ancestry twice"]),
+        (["--language", "en", "--language", "en"], ["--language names en twice"]),
         (["--depth", "101"], ["--depth", "100"]),
         (["--length-tokenizer", "gpt9"], ["no tokenizer named 'gpt9'", "gpt-4"]),
         (["--dtype", "fp8"], ["--dtype", "'fp8'"]),
@@ -322,6 +359,16 @@ def test_bad_arguments(cli, smoke_run, tmp_path, arguments, names) -> None:
         ("PaulGrahamEssays.jsonl", b"[1]\n", "line 1 of PaulGrahamEssays.jsonl"),
         ("PaulGrahamEssays.jsonl", b"\xff\n", "not UTF-8"),
         ("multi_needle_reasoning_en.json", b"{}", "multi_needle_reasoning_en.json"),
+        (
+            "multi_needle_reasoning_en.json",
+            b'[{"derivation_count": "2", "derivations": ["a", "b"], "question": "c", "answer": "d"}]',
+            "multi_needle_reasoning_en.json",
+        ),
+        (
+            "multi_needle_reasoning_en.json",
+            b'[{"derivation_count": 2, "derivations": "ab", "question": "c", "answer": "d"}]',
+            "multi_needle_reasoning_en.json",
+        ),
         ("names.json", b"[]", "names.json"),
     ],
 )
@@ -332,11 +379,40 @@ def test_bad_files(cli, smoke_run, tmp_path, file, text, reason) -> None:
         (folder / file).write_bytes(text)
     tasks = [part for task in ("single_retrieval", "multi_reasoning", "ancestry") for part in ("--task", task)]
     result = cli(
-        "needlebench", smoke_run.id, "--data-dir", folder, "--language", "en", "--length-tokenizer", "model", *tasks
-    )
+        "needlebench", smoke_run.id, "--data-dir", folder, "--language", "en", "--length-tokenizer", "model", *tasks,
+        "--length", 200, "--max-new-tokens", 2,
+    )  # fmt: skip
     assert result.code == 2
     assert reason in result.err
     assert result.err.count("\n") == 1
+
+
+def test_questions_that_cannot_be_joined(cli, smoke_run, tmp_path) -> None:
+    """Only multi-needle retrieval needs a format of the answer between quotes."""
+    source = replace(SOURCE, needles=[needle._replace(question="What was hidden?") for needle in SOURCE.needles])
+    folder = write_files(tmp_path / "files", source)
+    arguments = ["needlebench", smoke_run.id, "--data-dir", folder, "--length-tokenizer", "model", "--device", "cpu"]
+    arguments += ["--language", "en", "--length", 200, "--depth", 0, "--repeats", 1, "--buffer", 100]
+    result = cli(*arguments, "--task", "multi_retrieval")
+    assert result.code == 2
+    assert "the question 'What was hidden?' of needles.jsonl has no format of its answer" in result.err
+    assert result.err.count("\n") == 1
+    assert not load_unfinished()
+    assert cli(*arguments, "--task", "single_retrieval", "--max-new-tokens", 2).code == 0
+
+
+def test_the_order_of_options_makes_no_other_run(cli, smoke_run, tmp_path) -> None:
+    folder = write_files(tmp_path / "files")
+    shared = ["needlebench", smoke_run.id, "--data-dir", folder, "--length-tokenizer", "model", "--device", "cpu"]
+    shared += ["--depth", 50, "--repeats", 1, "--buffer", 100, "--max-new-tokens", 2]
+    pairs = (("--length", "300", "200"), ("--task", "multi_retrieval", "single_retrieval"), ("--language", "zh", "en"))
+    for turn in (1, -1):
+        options = [part for option, *values in pairs for value in values[::turn] for part in (option, value)]
+        assert cli(*shared, *options).code == 0
+    (record,) = load_records(experiment="needlebench")
+    assert record.recipe["spec"]["lengths"] == [200, 300]
+    assert record.recipe["spec"]["tasks"] == ["single_retrieval", "multi_retrieval"]
+    assert record.recipe["spec"]["languages"] == ["en", "zh"]
 
 
 def test_files_are_read_as_they_were_written(tmp_path, monkeypatch) -> None:
