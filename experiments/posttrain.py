@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -83,14 +83,14 @@ def made_up(method: Method) -> list[dict[str, Any]]:
     return found
 
 
-def read_pairs(path: Path, method: Method) -> list[dict[str, Any]]:
-    """The pairs of a file. Raises `UserError` naming the line that is none."""
+def read_pairs(path: Path, method: Method) -> dict[str, dict[str, Any]]:
+    """The pairs of a file by the names of their lines. Raises `UserError` naming the line that is none."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UserError(f"{path} cannot be read ({reason}); give a file of JSON lines") from None
-    found = []
+    found = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -102,20 +102,20 @@ def read_pairs(path: Path, method: Method) -> list[dict[str, Any]]:
             raise UserError(f"line {number} of {path} is no JSON object; give one pair a line")
         if missing := [key for key in ("messages", *ANSWERS[method]) if key not in pair]:
             raise UserError(f"line {number} of {path} has no {missing[0]!r}, which {method} needs; add it")
-        found.append(pair)
+        found[f"line {number} of {path}"] = pair
     if len(found) < 2:
         raise UserError(f"{path} holds fewer than two pairs; one at least is held out")
     return found
 
 
-def encode(pairs: Sequence[dict[str, Any]], method: Method, encoder: ChatTokenizer, eos: int) -> list[Pair]:
-    """The pairs in tokens. Raises `UserError` for messages or answers that are not in the chat format."""
+def encode(pairs: Mapping[str, dict[str, Any]], method: Method, encoder: ChatTokenizer, eos: int) -> list[Pair]:
+    """The pairs in tokens. Raises `UserError` naming one whose messages or answers are not in the chat format."""
     found = []
-    for number, pair in enumerate(pairs, 1):
+    for name, pair in pairs.items():
         try:
             prompt, texts = _parts(pair, method)
         except UserError as error:
-            raise UserError(f"pair {number}: {error}; correct it") from None
+            raise UserError(f"{name}: {error}; correct it") from None
         found.append(Pair(encoder.encode(prompt), tuple([*encoder.encode(text), eos] for text in texts)))
     return found
 
@@ -268,7 +268,13 @@ def posttrain(
     require_packages("posttrain", "trl", "datasets", "transformers")
     if pairs is None and budget != "smoke":
         raise UserError("the authors' pairs are not public; give --pairs FILE, or --budget smoke for made-up ones")
-    given = made_up(method) if pairs is None else read_pairs(pairs, method)
+    for option, rate in (("--lr", lr), ("--beta", beta)):
+        if rate is not None and not 0 < rate < math.inf:
+            raise UserError(f"{option} is {rate:g}; give a finite number above 0")
+    if pairs is None:
+        given = {f"pair {number}": pair for number, pair in enumerate(made_up(method), 1)}
+    else:
+        given = read_pairs(pairs, method)
     checkpoint = open_checkpoint(source)
     tokenizer = checkpoint.tokenizer()
     encoded = encode(given, method, ChatTokenizer(tokenizer), tokenizer.eos_id)
@@ -279,7 +285,7 @@ def posttrain(
             f"only {len(fitting)} pairs are of at most {max_length} tokens; give more, or a larger --max-length"
         )
     small = budget == "smoke"
-    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([*given.values()], sort_keys=True).encode()).hexdigest()[:16]
     origin = provenance(checkpoint)
     recipe = PosttrainRecipe(
         label=origin.label,

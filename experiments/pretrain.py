@@ -25,6 +25,7 @@ TOKENS = {"initial": 6_000_000_000_000, "coding": 1_500_000_000_000, "annealing"
 CODE = {"initial": 0.2, "coding": 0.6}
 CONTEXT, BATCH = 4096, 1024
 SMOKE_STEPS = 80
+FEWEST_STEPS = 9  # Of fewer the last stage has none.
 Part = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -40,7 +41,7 @@ def pretrain(
     initial_code: Part = CODE["initial"],
     coding_code: Part = CODE["coding"],
     annealing_synthetic: Part = 0.6,
-    steps: Annotated[int | None, Field(ge=3)] = None,
+    steps: Annotated[int | None, Field(ge=FEWEST_STEPS)] = None,
     seed: Annotated[int, Field(ge=0)] = 0,
 ) -> Sequence[Recipe]:
     """Pre-train in three stages over a corpus of language, one of code and one of synthetic data.

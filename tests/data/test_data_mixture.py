@@ -152,6 +152,7 @@ class TestRecipe:
             (("--budget", "paper"), "give --language and --code and --synthetic"),
             (("--budget", "paper", "--language", "a", "--code", "b"), "give --synthetic"),
             (("--budget", "smoke", "--coding-code", "1.5"), "--coding-code"),
+            (("--budget", "smoke", "--steps", "8"), "--steps: input should be greater than or equal to 9"),
             (("--budget", "smoke", "--size", "9b"), "--size: '9b' is no size; choose among"),
         ):
             result = cli("pretrain", *arguments)
@@ -164,10 +165,10 @@ class TestRecipe:
         parts = [word for name, folder in zip(("language", "code", "synthetic"), folders.values(), strict=True)
                  for word in (f"--{name}", folder)]  # fmt: skip
         tokenizer = str(places / "tokenizer.json")
-        command = ("pretrain", "--budget", "smoke", "--model", "rodimus", "--steps", 6, "--device", "cpu", *parts)
+        command = ("pretrain", "--budget", "smoke", "--model", "rodimus", "--steps", 9, "--device", "cpu", *parts)
         result = cli(*command, "--tokenizer", tokenizer)
         assert result.code == 0, result.err
         (record,) = load_records(experiment="pretrain")
-        assert record.env["data"]["stages"] == {"initial": 0, "coding": 4, "annealing": 6}
+        assert record.env["data"]["stages"] == {"initial": 0, "coding": 7, "annealing": 8}
         assert record.metrics["valid_ppl"] > 1
         assert open_checkpoint(record.id).tokenizer().encode("cat")

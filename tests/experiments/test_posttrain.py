@@ -25,7 +25,7 @@ def tokenizer(places):
 
 def test_pairs_become_the_chat_format(tokenizer):
     pair = {"messages": HELLO, "system": "Be kind.", "chosen": "Hi.", "rejected": "No."}
-    (found,) = encode([pair], "dpo", ChatTokenizer(tokenizer), tokenizer.eos_id)
+    (found,) = encode({"pair 1": pair}, "dpo", ChatTokenizer(tokenizer), tokenizer.eos_id)
     assert tokenizer.decode(found.prompt) == Chat(HELLO, "Be kind.").prompt
     assert [tokenizer.decode(answer[:-1]) for answer in found.answers] == ["Hi.", "No."]
     assert [answer[-1] for answer in found.answers] == [tokenizer.eos_id] * 2
@@ -47,8 +47,15 @@ def test_pairs_become_the_chat_format(tokenizer):
 )
 def test_pairs_that_are_none(pair, said, tokenizer):
     with pytest.raises(UserError, match=said) as error:
-        encode([pair], "sft", ChatTokenizer(tokenizer), tokenizer.eos_id)
-    assert str(error.value).startswith("pair 1: ")
+        encode({"line 7 of pairs": pair}, "sft", ChatTokenizer(tokenizer), tokenizer.eos_id)
+    assert str(error.value).startswith("line 7 of pairs: ")
+
+
+def test_pairs_are_named_by_their_lines(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    pair = {"messages": HELLO, "completion": "x"}
+    path.write_text("\n\n".join(map(json.dumps, ["", pair, pair])).removeprefix('""'))
+    assert read_pairs(path, "sft") == {f"line 3 of {path}": pair, f"line 5 of {path}": pair}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +184,8 @@ class TestTrl:
             (("--pairs", tmp_path / "none.jsonl"), "none.jsonl cannot be read"),
             (("--budget", "smoke", "--max-length", 2), "only 0 pairs are of at most 2 tokens"),
             (("--method", "ppo"), "--method"),
-            (("--budget", "smoke", "--lr", 0), "lr: input should be greater than 0"),
+            (("--budget", "smoke", "--lr", 0), "--lr is 0; give a finite number above 0"),
+            (("--budget", "smoke", "--method", "dpo", "--beta", "inf"), "--beta is inf; give a finite number"),
         ):
             result = cli("posttrain", smoke_run.id, *arguments)
             assert result.code == 2
