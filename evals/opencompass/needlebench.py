@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from evals.needlebench.scores import summarize
-from evals.needlebench.spec import SPACING, Cell, Spec, Task
+from evals.needlebench.source import open_source
+from evals.needlebench.spec import SPACING, Cell, Language, Spec, Task
 from rodimus_lab.errors import UserError
+from rodimus_lab.weights import find_model
 
 HERE = "evals.opencompass.datasets"
 THEIRS = "opencompass.datasets.needlebench"
@@ -26,7 +28,7 @@ KINDS: dict[Task, tuple[str, str]] = {
     "multi_reasoning": ("MultiReasoning", f"{THEIRS}.multi.NeedleBenchMultiEvaluator"),
 }
 HAYSTACKS = {"en": "PaulGrahamEssays.jsonl", "zh": "zh_finance.jsonl"}
-LANGUAGES = {"en": "English", "zh": "Chinese"}
+LANGUAGES: dict[Language, str] = {"en": "English", "zh": "Chinese"}
 SLASH = "__"
 LONGEST_PROMPT = 1 << 17  # Tokens of the model: 32k of gpt-4's, of Chinese more than twice as many in others.
 
@@ -37,8 +39,11 @@ def abbreviation(cell: Cell) -> str:
 
 
 def data_sets(spec: Spec, data: Path) -> list[dict[str, Any]]:
-    """A data set in OpenCompass's form for every cell of `spec`, out of NeedleBench's files in `data`."""
-    return [_data_set(spec, cell, data) for cell in spec.cells()]
+    """A data set in OpenCompass's form for every cell of `spec`, out of NeedleBench's files in `data`.
+
+    Cells whose buffer takes all of their length are left out: OpenCompass would score the needles without a haystack.
+    """
+    return [_data_set(spec, cell, data) for cell in spec.cells() if cell.length > spec.buffer_of(cell)]
 
 
 def _data_set(spec: Spec, cell: Cell, data: Path) -> dict[str, Any]:
@@ -127,6 +132,18 @@ def from_environment() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return data_sets(spec, Path(os.environ["NEEDLEBENCH_DATA"])), [model]
 
 
+def configured() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The same for a config: what is wrong is told in one sentence, and OpenCompass does not start."""
+    try:
+        found = from_environment()
+        find_model(os.environ["RODIMUS_LAB_MODEL"])
+        open_source(Path(os.environ["NEEDLEBENCH_DATA"]), KINDS, LANGUAGES)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    return found
+
+
 def read_results(folder: Path, spec: Spec) -> dict[str, dict[str, Any]]:
     """Our results of the cells that a folder of OpenCompass's results, one file a data set, has."""
     found: dict[str, dict[str, Any]] = {}
@@ -163,7 +180,8 @@ def _summarize_all(arguments: list[str]) -> None:
     for folder in folders:
         metrics = summarize(spec, read_results(folder, spec))
         means = {name: round(value, 2) for name, value in metrics.items() if isinstance(value, float)}
-        print(json.dumps({"model": folder.name, "length_tokenizer": spec.length_tokenizer, **means}))
+        missing = {"not_scored": len(metrics["impossible"])} if metrics["impossible"] else {}
+        print(json.dumps({"model": folder.name, "length_tokenizer": spec.length_tokenizer, **means, **missing}))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from needle_fakes import write_files
 
 from evals.needlebench.prompts import Example
 from evals.needlebench.scores import of_cell, score, summarize
 from evals.needlebench.spec import DEPTHS, Spec
 from evals.opencompass.needlebench import (
     abbreviation,
+    configured,
     data_sets,
     from_environment,
     main,
@@ -152,6 +154,30 @@ class TestConfig:
         assert found["multi_reasoning_5_en__2000__0"]["num_needles"] == 5
         assert json.loads(json.dumps(found)) == found
 
+    def test_a_cell_without_a_haystack_is_none(self, tmp_path):
+        spec = SPEC.replace(lengths=(1000,), tasks=("multi_retrieval",), languages=("en", "zh"))
+        assert [each["abbr"] for each in data_sets(spec, tmp_path)] == ["multi_retrieval_zh__1000"]
+
+    def test_a_config_ends_in_one_sentence(self, monkeypatch, tmp_path, capsys, finished_smoke_run):
+        folder = finished_smoke_run.root / "checkpoints" / "wikitext103" / finished_smoke_run.id / "final"
+        files = write_files(tmp_path / "files")
+        monkeypatch.setenv("RODIMUS_LAB_MODEL", str(folder))
+        monkeypatch.setenv("NEEDLEBENCH_DATA", str(files))
+        assert len(configured()) == 2
+        for variable, text, reason in (
+            ("NEEDLEBENCH_LENGTHS", "many", "error: NEEDLEBENCH_LENGTHS: 'many'"),
+            ("NEEDLEBENCH_DATA", str(tmp_path), "error: cannot read "),
+            ("RODIMUS_LAB_MODEL", str(tmp_path / "none"), "error: there is no checkpoint directory "),
+        ):
+            with monkeypatch.context() as other:
+                other.setenv(variable, text)
+                with pytest.raises(SystemExit) as ended:
+                    configured()
+            assert ended.value.code == 2
+            told = capsys.readouterr().err
+            assert told.startswith(reason)
+            assert told.count("\n") == 1
+
     def test_the_environment(self, monkeypatch, tmp_path):
         monkeypatch.delenv("RODIMUS_LAB_MODEL", raising=False)
         with pytest.raises(UserError, match="RODIMUS_LAB_MODEL is not set"):
@@ -190,6 +216,18 @@ class TestConfig:
         (tmp_path / file).write_text(text)
         with pytest.raises(UserError, match=f"{file} has no score in it"):
             read_results(tmp_path, SPEC)
+
+    def test_the_summary_says_how_many_cells_have_no_score(self, monkeypatch, tmp_path, capsys):
+        folder = tmp_path / "20260101" / "results" / "model"
+        folder.mkdir(parents=True)
+        write_results(folder, {"single_retrieval": 80.0, "multi_retrieval": 10.0, "multi_reasoning": 20.0})
+        (folder / "single_retrieval_en__2000__50.json").unlink()
+        for name, text in (("LENGTHS", "2000"), ("DEPTHS", "0,50"), ("LANGUAGES", "en"), ("LENGTH_TOKENIZER", "gpt2")):
+            monkeypatch.setenv(f"NEEDLEBENCH_{name}", text)
+        monkeypatch.setattr("sys.argv", ["needlebench", str(tmp_path)])
+        main()
+        told = json.loads(capsys.readouterr().out)
+        assert (told["not_scored"], told["single_retrieval"]) == (1, 80)
 
     def test_the_summary_ends_in_one_sentence(self, monkeypatch, tmp_path, capsys):
         (tmp_path / "20260101" / "results" / "model").mkdir(parents=True)

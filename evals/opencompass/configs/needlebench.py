@@ -3,4 +3,4 @@
 An import statement would make mmengine read this file lazily, without running anything.
 """
 
-datasets, models = __import__("evals.opencompass.needlebench", fromlist=["from_environment"]).from_environment()
+datasets, models = __import__("evals.opencompass.needlebench", fromlist=["configured"]).configured()
