@@ -8,7 +8,8 @@ to 14; Figure 5 and a table are of all of them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
 import typer
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from evals.needlebench import PRESETS, SUBTASKS, WEIGHTS, Cell, Source, Spec, evaluate, open_source, summarize
@@ -199,7 +201,9 @@ def score_run(
     }
     run = RunDir.of(runs_root(), EXPERIMENT, asked)
     if not run.finished:
-        _score(model.to(DTYPES[examined.dtype]), run, examined, spec, source, measure, asked, facts, batch_tokens)
+        run.create(asked)
+        with _alone(run):
+            _score(model.to(DTYPES[examined.dtype]), run, examined, spec, source, measure, facts, batch_tokens)
     return next(record for record in load_records(experiment=EXPERIMENT) if record.id == run.id)
 
 
@@ -210,11 +214,9 @@ def _score(
     spec: Spec,
     source: Source,
     measure: Tokenizer,
-    asked: Mapping[str, Any],
     facts: Mapping[str, Any],
     batch_tokens: int,
 ) -> None:
-    run.create(asked)
     run.write_env(facts)
     run.truncate_metrics(_whole_lines(run.path / METRICS))
     results = resumed(run.read_metrics(), spec, run.path / METRICS)
@@ -247,6 +249,19 @@ def _score(
             "metrics": summarize(spec, results),
         }
     )
+
+
+@contextmanager
+def _alone(run: RunDir) -> Iterator[None]:
+    """Keep a run for this process. Raises `UserError` where another has it."""
+    path = run.path / "lock"
+    try:
+        lock = FileLock(path).acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"another process is scoring into {run.path}; wait for it or stop it") from None
+    with lock:
+        yield
+    path.unlink(missing_ok=True)
 
 
 def _whole_lines(path: Path) -> int:

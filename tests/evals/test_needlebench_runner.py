@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from needle_fakes import SOURCE, byte_tokenizer, write_files
 
 from evals.needlebench import Spec, evaluate, runner
@@ -203,6 +204,18 @@ def test_a_line_of_metrics_that_is_no_cell_is_named(model, monkeypatch, line) ->
     metrics.write_text("".join([first, json.dumps(line) + "\n", *rest[1:]]))
     with pytest.raises(UserError, match=r"^line 2 of .*metrics\.jsonl is no cell of this grid; delete"):
         score(model)
+
+
+def test_two_processes_do_not_score_one_run(model, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "Generation", Knowing)
+    record = score(model)
+    assert {path.name for path in record.path.iterdir()} == {"recipe.json", "env.json", "metrics.jsonl", "record.json"}
+    (record.path / "record.json").unlink()
+    before = (record.path / "metrics.jsonl").read_bytes()
+    with FileLock(record.path / "lock"), pytest.raises(UserError, match="another process is scoring into"):
+        score(model)
+    assert (record.path / "metrics.jsonl").read_bytes() == before
+    assert score(model).metrics == record.metrics
 
 
 def test_a_finished_run_is_left_as_it_is(model, monkeypatch) -> None:
