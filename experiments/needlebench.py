@@ -340,7 +340,7 @@ def figures_9_to_14(records: Sequence[Record], paper: PaperResults) -> Mapping[s
 def figure_5(records: Sequence[Record], paper: PaperResults) -> Panels:
     """The mean over depths against the length: the paper's one model with printed numbers, and each of our records."""
     printed = paper.figure("05")
-    axes = Axis(LENGTH, "linear", unit=""), Axis(SCORE, "linear")
+    axes = Axis(LENGTH, "linear", unit=""), Axis(SCORE, "score")
     scored = {record.label for record in _maps(records)}
     absent = [model for model, labels in MODELS.items() if not scored & {*labels}]
     missing = [(model, float(length)) for model in absent for length in PRESETS["16k"]]

@@ -33,6 +33,7 @@ UNDATED = {
     "png": {"Software": None},
 }
 PROVENANCE = ("corpus", "budget", "device")  # beside a measured point
+BOUNDS = {"share": (0, 1), "score": (0, 100)}
 MARGIN = 0.03  # beyond the points, as a part of an axis
 NOTE_LETTERS = 14  # in an inch of a note
 NOTE_LINES, NOTE_LINE = (
@@ -71,18 +72,19 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """On `log2` the points are marked, `tight` is logarithmic within about one decade, and a `share` is from 0 to 1.
+    """On `log2` the points are marked, `tight` is logarithmic within about one decade, a `share` is from 0 to 1 and a
+    `score` from 0 to 100.
     `unit` is written with the numbers, in thousands and millions. `also` is a second axis of the same points: its
     label, and what a value of this one is worth on it."""
 
     label: str
-    scale: Literal["log2", "log", "tight", "linear", "share"] = "log"
+    scale: Literal["log2", "log", "tight", "linear", "share", "score"] = "log"
     unit: str | None = None
     also: tuple[str, float] | None = None
 
     @property
     def is_linear(self) -> bool:
-        return self.scale in ("linear", "share")
+        return self.scale in ("linear", *BOUNDS)
 
 
 @dataclass(frozen=True)
@@ -199,8 +201,8 @@ class Figure:
         for band in self.bands:
             band.paint(axes)
         axes.set_xlim(*_around(xs, linear=self.x.is_linear))
-        if self.y.scale == "share":
-            axes.set_ylim(0, 1)
+        if self.y.scale in BOUNDS:
+            axes.set_ylim(*BOUNDS[self.y.scale])
         for axis, ticks in ((self.x, axes.xaxis), (self.y, axes.yaxis)):
             mark(ticks, axis.scale, axis.unit, xs)
         if self.x.also is not None:

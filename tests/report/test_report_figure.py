@@ -278,6 +278,14 @@ def test_sources_and_what_is_missing_stand_in_the_numbers_and_the_note(tmp_path:
     assert write_figure(empty, tmp_path, "empty")[1].stat().st_size > 0
 
 
+@pytest.mark.parametrize(("scale", "limits"), [("share", (0, 1)), ("score", (0, 100))])
+def test_what_has_bounds_is_drawn_within_them(scale: str, limits: tuple[float, float]) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    replace(FIGURE, y=Axis("Accuracy", scale)).paint(figure)
+    assert figure.axes[0].get_ylim() == limits
+    assert figure.axes[0].get_yscale() == "linear"
+
+
 def test_a_fitted_law_has_a_band_in_the_picture_and_in_the_numbers(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     band = Band("rodimus", (1e15, 1e16), (8.0, 6.0), (7.0, 5.5), (9.0, 6.5))
