@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # As in a script's background; tests send it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.disable()  # While thousands of tests are collected, and of what that leaves nothing is searched later.
 
 

@@ -20,7 +20,8 @@ class Interrupted(UserError):
 
 
 class StopSignal:
-    """Context: SIGTERM and SIGINT are noted in `received`; a second one ends the process at once."""
+    """Context: SIGTERM and SIGINT are noted in `received`; a second one ends the process at once. One that is ignored,
+    such as SIGINT by a job that a script runs in the background, stays ignored."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -29,7 +30,8 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._former[number] = signal.signal(number, self._receive)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._former[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:

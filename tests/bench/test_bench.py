@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -226,15 +226,6 @@ def test_a_wrong_mixer_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "so it gets no time" in rows[1]["note"]
 
 
-@pytest.fixture
-def _heard() -> Iterator[None]:
-    """SIGINT, which a shell has its jobs in the background ignore."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, former)
-
-
-@pytest.mark.usefixtures("_heard")
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_what_was_measured_before_an_interruption_is_shown(
     signal_number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
