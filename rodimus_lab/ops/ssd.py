@@ -87,11 +87,16 @@ def attention_form(
     segments: None,
 ) -> tuple[Tensor, Tensor]:
     """The dual, with all scores in memory."""
+    B_BTN, C_BTN = B_BTN.to(x_BTHP.dtype), C_BTN.to(x_BTHP.dtype)
     x_BHTP, dt_BHT = x_BTHP.transpose(1, 2), dt_BTH.transpose(1, 2)
-    log_a_BHT = (dt_BHT * A_H.unsqueeze(-1)).cumsum(-1)
+    # Differences of sums that a strong decay has made large: what rounding takes of the sums is taken along.
+    sum_BHT = (dt_BHT * A_H.unsqueeze(-1)).double().cumsum(-1)
+    log_a_BHT = sum_BHT.to(dt_BTH.dtype)
+    rest_BHT = (sum_BHT - log_a_BHT).detach().to(dt_BTH.dtype)
     log_decay_BHTS = log_a_BHT.unsqueeze(-1) - log_a_BHT.unsqueeze(-2)
+    log_decay_BHTS = log_decay_BHTS.add_(rest_BHT.unsqueeze(-1)).sub_(rest_BHT.unsqueeze(-2))
     ahead_TS = torch.ones(log_decay_BHTS.shape[-2:], dtype=torch.bool, device=x_BTHP.device).triu(1)
-    weight_BHTS = log_decay_BHTS.masked_fill(ahead_TS, -torch.inf).exp() * dt_BHT.unsqueeze(-2)
+    weight_BHTS = log_decay_BHTS.masked_fill_(ahead_TS, -torch.inf).exp_() * dt_BHT.unsqueeze(-2)
     scores_BHTS = ((C_BTN @ B_BTN.mT).unsqueeze(1) * weight_BHTS).to(x_BTHP.dtype)
     at_last_BHTP = (weight_BHTS[:, :, -1].unsqueeze(-1) * x_BHTP).to(x_BTHP.dtype)
     last_BHNP = B_BTN.mT.unsqueeze(1) @ at_last_BHTP

@@ -37,13 +37,28 @@ def test_the_dual_is_the_recurrence(length: int) -> None:
     torch.testing.assert_close(outputs_and_gradients(leaves, "attention_form"), want, rtol=1e-9, atol=1e-12)
 
 
-def test_the_dual_in_float32() -> None:
-    """Decays are differences of logarithms that grow with time: what is forgotten at once costs digits."""
-    exact = draw(128)
-    leaves = {name: x.detach().float().requires_grad_() for name, x in exact.items()}
+@pytest.mark.parametrize("steps", [1.0, 200.0])
+def test_the_dual_in_float32(steps: float) -> None:
+    """Logarithms that have grown over many strong decays cost the weak ones after them no digits."""
+    exact = {name: x.detach() for name, x in draw(128).items()}
+    exact["dt_BTH"][:, :60] *= steps
+    exact["dt_BTH"][:, 60:] /= steps
+    leaves = {name: x.float().requires_grad_() for name, x in exact.items()}
+    exact = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
     found, want = (outputs_and_gradients(each, "attention_form") for each in (leaves, exact))
     for got, expected in zip(found, want, strict=True):
         assert (got.double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_both_forms_take_mixed_types() -> None:
+    leaves = draw(16, torch.float32)
+    for name in ("B_BTN", "C_BTN"):
+        leaves[name] = leaves[name].detach().bfloat16().requires_grad_()
+    with use_backend(gated_linear="naive"):
+        want = outputs_and_gradients(leaves, "gated_linear")
+    for got, expected in zip(outputs_and_gradients(leaves, "attention_form"), want, strict=True):
+        assert got.dtype == expected.dtype
+        assert (got.double() - expected).norm() <= 1e-2 * expected.double().norm()
 
 
 def test_the_dual_is_for_short_whole_sequences() -> None:
