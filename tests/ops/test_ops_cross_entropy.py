@@ -146,3 +146,19 @@ def test_no_tokens_at_all(reduction: Any) -> None:
     assert loss.shape == ((0,) if reduction == "none" else ())
     assert loss.dtype == torch.float64
     assert loss.sum() == 0
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    x, weight, targets, _ = draw()
+    (once,) = torch.autograd.grad(cross_entropy(x, weight, targets).square(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        once.sum().backward()
+    loss = cross_entropy(x, weight, targets, backend="naive")
+    (once,) = torch.autograd.grad(loss.square(), x, create_graph=True)
+    once.sum().backward()
+
+
+def test_an_unknown_reduction_is_named() -> None:
+    x, weight, targets, _ = draw()
+    with pytest.raises(ValueError, match="no reduction 'avg'; take 'mean', 'sum' or 'none'"):
+        cross_entropy(x, weight, targets, reduction="avg")  # type: ignore[arg-type]

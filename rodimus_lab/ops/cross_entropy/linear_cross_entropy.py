@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rodimus_lab.ops.backend import Backend, choose, declare
@@ -37,8 +38,11 @@ def cross_entropy(
     """-log softmax(x W^T + b)[target] in nats, float32 (float64 for float64 inputs).
 
     Tokens whose target is `ignore_index` count nothing: "none" gives them 0, "mean" divides by the others (0 where
-    there is none). Matrix products run in the autocast dtype where autocast is on, else in x's.
+    there is none). Matrix products run in the autocast dtype where autocast is on, else in x's. Raises
+    `ValueError` for any other reduction.
     """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"cross_entropy has no reduction {reduction!r}; take 'mean', 'sum' or 'none'")
     shape = targets_N.shape
     x_ND, targets_N = x_ND.reshape(-1, x_ND.shape[-1]), targets_N.reshape(-1)
     run = choose("cross_entropy", backend, {"device": x_ND.device.type}).run
@@ -120,6 +124,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         (scale,) = grads
         dx_ND, dweight, dbias = (g if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
