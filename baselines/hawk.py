@@ -154,10 +154,10 @@ class Hawk(TokenMixer):
 
     def _gates(self, x_BTM: Tensor) -> list[Tensor]:
         """r and i, in at least float32."""
-        batch, blocks = x_BTM.shape[0], self.gate_weight.shape[0]
-        x_GRK = x_BTM.reshape(-1, blocks, x_BTM.shape[-1] // blocks).transpose(0, 1)  # R = B T rows
+        blocks = self.gate_weight.shape[0]
+        x_GRK = x_BTM.flatten(0, 1).unflatten(-1, (blocks, -1)).transpose(0, 1)  # R = B T rows
         logits = at_least_fp32(x_GRK @ self.gate_weight) + self.gate_bias.unsqueeze(1)
-        return [z.transpose(0, 1).reshape(batch, -1, x_BTM.shape[-1]) for z in logits.sigmoid().chunk(2, dim=-1)]
+        return [z.transpose(0, 1).reshape(x_BTM.shape) for z in logits.sigmoid().chunk(2, dim=-1)]
 
     @staticmethod
     def _positions(x_BTD: Tensor, state: HawkState | None, segments: Segments | None) -> Tensor:

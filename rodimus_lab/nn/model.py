@@ -164,7 +164,9 @@ class LanguageModel(nn.Module):
         positions_BP: Tensor | None = None,
     ) -> tuple[Tensor, ModelState | None]:
         """Token ids to final normalised activations x_BTD, with `positions_BP` (int64) only those of these places,
-        x_BPD; and the new state where one came in."""
+        x_BPD; and the new state where one came in. Raises `UserError` for sequences without a token."""
+        if ids_BT.shape[1] == 0:
+            raise UserError("the model was given sequences without a token; give each at least one")
         if sequence_shard() is not None:
             refuse_state("a model", state, segments)
         x_BTD = self.embedding(ids_BT)

@@ -72,6 +72,12 @@ def _chosen(operator: str, requested: str, facts: Mapping[str, Any]) -> Backend:
     raise UserError(f"{operator} has no backend {requested!r}{did_you_mean(requested, names)}")
 
 
+def refuse_no_tokens(operator: str, length: int) -> None:
+    """Raise `UserError` where the sequences have no token, of which a recurrence gives nothing."""
+    if length == 0:
+        raise UserError(f"{operator} was given sequences without a token; give it at least one")
+
+
 @contextmanager
 def use_backend(**choices: str) -> Iterator[None]:
     """Within the block, calls with backend="auto" use the named one: `with use_backend(gated_linear="naive"): ...`"""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rodimus_lab.ops.backend import Backend, choose, declare
+from rodimus_lab.ops.backend import Backend, choose, declare, refuse_no_tokens
 from rodimus_lab.ops.gated_linear import gated_linear
 from rodimus_lab.ops.installed import installed
 from rodimus_lab.ops.mamba_ssm import load_mamba_ssm
@@ -44,6 +44,7 @@ def ssd(
     the state alone and give 0; each document after the first starts from a zero state. Raises `UserError` for a
     backend that cannot run.
     """
+    refuse_no_tokens("ssd", x_BTHP.shape[1])
     facts = {
         "device": x_BTHP.device.type,
         "dtype": x_BTHP.dtype,

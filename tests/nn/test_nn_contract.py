@@ -324,6 +324,19 @@ def test_packed_equals_separate(subject: Any, module: Any) -> None:
             assert_close(more[r : r + 1], module(after[r : r + 1], alone)[0])
 
 
+def test_no_rows_at_all(subject: Any, module: Any) -> None:
+    """As a rank may be left with where rows run out."""
+    x, state = subject.draw(0, 5), empty_state(module, 0)
+    y, _ = module(x)
+    (y.sum() + module(x, None, Segments(torch.zeros(0, 5, dtype=torch.long)))[0].sum()).backward()
+    assert y.shape[:2] == (0, 5)
+    assert all((p.grad is None or (p.grad == 0).all()) for p in module.parameters())
+    for piece in (x, x[:, :1]):
+        y, state = module(piece, state)
+        assert y.shape[:2] == piece.shape[:2]
+    assert all(leaf.shape[0] == 0 for leaf in tree_leaves(state))
+
+
 @torch.no_grad()
 def test_half_precision_stays_close(subject: Any, module: Any) -> None:
     x = subject.draw(2, T)

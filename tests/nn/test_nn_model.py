@@ -143,3 +143,10 @@ def test_training_on_a_repeated_sequence_learns_it(name: str) -> None:
         losses.append(loss.item())
     assert losses[0] > 2
     assert losses[-1] < 0.1
+
+
+def test_sequences_without_a_token_are_refused() -> None:
+    model = build_model("transformer++", size=Size("tiny", 1, 8, 2, 20, 8))
+    for state in (None, model.init_state(2)):
+        with pytest.raises(UserError, match="sequences without a token; give each at least one"):
+            model(torch.zeros(2, 0, dtype=torch.long), state)

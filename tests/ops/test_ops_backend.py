@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from rodimus_lab.errors import UserError
-from rodimus_lab.ops import use_backend
+from rodimus_lab.ops import delta_rule, diagonal_scan, gated_linear, selective_scan, ssd, use_backend, wkv
 from rodimus_lab.ops.backend import EXAMPLES, OPERATORS, Backend, choose, declare, survey, watch_backends
 
 
@@ -88,3 +89,18 @@ def test_watch_backends_tells_what_ran() -> None:
         chosen(size=6)
     chosen(size=7)
     assert (outer, inner) == ({"halve": "fast"}, {"halve": "slow"})
+
+
+def test_sequences_without_a_token_are_refused_by_the_recurrences_name() -> None:
+    x, heads = torch.zeros(2, 0, 3), torch.zeros(2, 0, 2, 3)
+    calls: dict[str, Callable[..., object]] = {
+        "gated_linear": lambda: gated_linear(heads, heads, heads, None),
+        "delta_rule": lambda: delta_rule(heads, heads, heads, heads, heads[..., 0]),
+        "diagonal_scan": lambda: diagonal_scan(x, x),
+        "selective_scan": lambda: selective_scan(x, x, x.new_zeros(3, 4), x, x),
+        "ssd": lambda: ssd(heads, heads[..., 0], x.new_zeros(2), x, x),
+        "wkv": lambda: wkv(x, x, x.new_zeros(3), x.new_zeros(3)),
+    }
+    for operator, call in calls.items():
+        with pytest.raises(UserError, match=f"{operator} was given sequences without a token"):
+            call()

@@ -53,7 +53,7 @@ class KVCache(NamedTuple):
         grown = KVCache(self.k_BSGK, self.v_BSJV, base_B + added_B)
         most = None if window is None else window + sinks
         if grown.k_BSGK.shape[1] != most:
-            need = int(grown.length_B.max())
+            need = int(grown.length_B.max()) if batch else length
             grown = grown._resized(need if most is None else min(need, most))
         # Slots whose token is among the new ones take it; the others keep what they have.
         positions_BS = grown.positions_beside(sinks)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rodimus_lab.errors import UserError
-from rodimus_lab.ops.backend import Backend, choose, declare
+from rodimus_lab.ops.backend import Backend, choose, declare, refuse_no_tokens
 from rodimus_lab.ops.delta_rule.chunked import chunked
 from rodimus_lab.ops.delta_rule.naive import Transition, naive
 from rodimus_lab.ops.delta_rule.step import one_step
@@ -52,6 +52,7 @@ def delta_rule(
     """
     if (a_BTHK is None) != (b_BTHK is None) or (a_BTHK is None) == (beta_BTH is None):
         raise UserError("delta_rule takes either beta, or both a and b")
+    refuse_no_tokens("delta_rule", q_BTHK.shape[1])
     batch, _, heads, key_width = q_BTHK.shape
     wide = torch.promote_types(v_BTHV.dtype, torch.float32)
     one_gate = log_alpha_BTHK.shape[-1] == 1 or log_alpha_BTHK.stride(-1) == 0

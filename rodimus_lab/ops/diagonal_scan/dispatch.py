@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rodimus_lab.ops.backend import Backend, choose, declare
+from rodimus_lab.ops.backend import Backend, choose, declare, refuse_no_tokens
 from rodimus_lab.ops.diagonal_scan.chunked import chunked
 from rodimus_lab.ops.diagonal_scan.naive import naive
 from rodimus_lab.ops.diagonal_scan.step import one_step
@@ -35,6 +35,7 @@ def diagonal_scan(
 
     Returns h_BTX in x's dtype and the state after the last token. Raises `UserError` for a backend that cannot run.
     """
+    refuse_no_tokens("diagonal_scan", x_BTX.shape[1])
     wide = torch.promote_types(x_BTX.dtype, torch.float32)
     log_a_BTX = log_a_BTX.to(wide)
     if state_BX is None:

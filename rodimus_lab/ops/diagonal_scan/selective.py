@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rodimus_lab.ops.backend import Backend, choose, declare
+from rodimus_lab.ops.backend import Backend, choose, declare, refuse_no_tokens
 from rodimus_lab.ops.diagonal_scan.dispatch import starts_BT
 from rodimus_lab.ops.diagonal_scan.naive import selective_naive
 from rodimus_lab.ops.diagonal_scan.selective_chunked import selective_chunked
@@ -41,6 +41,7 @@ def selective_scan(
 
     Returns y_BTM in u's dtype and the state after the last token. Raises `UserError` for a backend that cannot run.
     """
+    refuse_no_tokens("selective_scan", u_BTM.shape[1])
     wide = torch.promote_types(u_BTM.dtype, torch.float32)
     dt_BTM = dt_BTM.to(wide).expand(u_BTM.shape)
     facts = {

@@ -71,7 +71,7 @@ class _SelectiveScan(torch.autograd.Function):
 
 def _pieces(u: Tensor, state: Tensor) -> list[slice]:
     """Time in chunks."""
-    step = max(1, STATES_AT_ONCE // state.numel())
+    step = max(1, STATES_AT_ONCE // max(1, state.numel()))
     return [slice(start, start + step) for start in range(0, u.shape[1], step)]
 
 

@@ -36,15 +36,14 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     """Matrix products in v's dtype, gates and states in the state's; see `gated_linear` for the arguments."""
     wide, narrow = state_BHKV.dtype, v_BTHV.dtype
-    batch, length, heads, _ = q_BTHK.shape
+    length = q_BTHK.shape[1]
     if log_beta_BTHV is None and log_alpha_BTHK.stride(-1) == 0:
         return _one_gate(q_BTHK, k_BTHK, v_BTHV, log_alpha_BTHK[..., :1], scale, state_BHKV, segments)
     chunk = _chunk_length(length)
     pad = -length % chunk
 
     def to_chunks(x: Tensor, dtype: torch.dtype) -> Tensor:  # (B, T, H, X) -> (B, H, N, C, X)
-        x = F.pad(x.to(dtype).transpose(1, 2), (0, 0, 0, pad))
-        return x.reshape(batch, heads, -1, chunk, x.shape[-1])
+        return F.pad(x.to(dtype).transpose(1, 2), (0, 0, 0, pad)).unflatten(2, (-1, chunk))
 
     q, k = to_chunks(q_BTHK * scale, wide), to_chunks(k_BTHK, wide)
     v = to_chunks(v_BTHV, narrow if log_beta_BTHV is None else wide)
@@ -95,7 +94,7 @@ def chunked(
         from_before = from_before * beta.from_start
     if same is not None:
         from_before = from_before * same.as_before_BNC[:, None, :, :, None]
-    o = (o + from_before).reshape(batch, heads, -1, v.shape[-1])[:, :, :length]
+    o = (o + from_before).flatten(2, 3)[:, :, :length]
     return o.transpose(1, 2).to(narrow), state_BHKV
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rodimus_lab.ops.backend import Backend, choose, declare
+from rodimus_lab.ops.backend import Backend, choose, declare, refuse_no_tokens
 from rodimus_lab.ops.gated_linear.chunked import chunked
 from rodimus_lab.ops.gated_linear.naive import naive
 from rodimus_lab.ops.gated_linear.sharded import across_ranks
@@ -45,6 +45,7 @@ def gated_linear(
     Raises `UserError` for a backend that cannot run. Where the sequence is split over ranks (`ops/sequence.py`), the
     outputs and the state are those of the whole one.
     """
+    refuse_no_tokens("gated_linear", q_BTHK.shape[1])
     shard = sequence_shard()
     if shard is not None:
         refuse_state("the gated linear recurrence", state_BHKV, segments)

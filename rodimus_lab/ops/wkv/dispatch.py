@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rodimus_lab.ops.backend import Backend, choose, declare
+from rodimus_lab.ops.backend import Backend, choose, declare, refuse_no_tokens
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.ops.triton_facts import why_no_triton
 from rodimus_lab.ops.wkv.naive import naive
@@ -37,6 +37,7 @@ def wkv(
     Returns wkv_BTD in v's dtype and the state after the last token, without `last_state` two empty tensors. Raises
     `UserError` for a backend that cannot run.
     """
+    refuse_no_tokens("wkv", v_BTD.shape[1])
     facts = {
         "device": v_BTD.device.type,
         "dtype": v_BTD.dtype,
