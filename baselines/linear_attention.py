@@ -51,7 +51,12 @@ class HeadShape(NamedTuple):
 
     @classmethod
     def of(cls, heads: int, keys: int, values: int) -> HeadShape:
-        """From the widths of all heads together. Raises `UserError` where the heads do not divide them."""
+        """From the widths of all heads together. Raises `UserError` where the heads do not divide them or are left
+        without a width."""
+        if keys < 1 or values < 1:
+            raise UserError(
+                f"keys of width {keys} and values of width {values} hold nothing; make both at least 1 wide"
+            )
         if keys % heads or values % heads:
             raise UserError(f"{heads} heads do not divide keys of width {keys} and values of width {values}")
         return cls(heads, keys // heads, values // heads)

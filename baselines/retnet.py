@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from baselines.linear_attention import HeadShape, Positive, with_feed_forward
+from rodimus_lab.config import ConfigError
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer, TokenMixerConfig
 from rodimus_lab.nn.model import LanguageModelConfig
 from rodimus_lab.nn.norm import at_least_fp32
@@ -49,7 +50,13 @@ class RetentionConfig(TokenMixerConfig):
     init: Literal["authors", "fla"] = "authors"
 
     def shape(self, d_model: int) -> HeadShape:
-        return HeadShape.of(max(1, d_model // self.head_width), d_model, self.expand_v * d_model)
+        """Raises `ConfigError` where the rotation lacks pairs."""
+        shape = HeadShape.of(max(1, d_model // self.head_width), d_model, self.expand_v * d_model)
+        if shape.key_width % 2:
+            raise ConfigError(
+                f"the rotation needs keys of an even width, not {shape.key_width}; give another head_width"
+            )
+        return shape
 
     def build(self, d_model: int) -> Retention:
         return Retention(self, d_model)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from rodimus_lab.config import Config
+from rodimus_lab.config import Config, ConfigError
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer, TokenMixerConfig
 from rodimus_lab.nn.norm import Norm, at_least_fp32, is_plain
 from rodimus_lab.ops.conv_gate import LowRankGate, conv_gate
@@ -103,6 +103,9 @@ class RodimusConfig(TokenMixerConfig):
         return self.n * ((self.g is not None) + self.learns_tau)
 
     def inner_width(self, d_model: int) -> int:
+        """m. Raises `ConfigError` where nothing is left of it."""
+        if self.expand * d_model < 1:
+            raise ConfigError(f"expand={self.expand:g} leaves nothing of d_model={d_model}; give a larger one")
         return math.ceil(int(self.expand * d_model) / 8) * 8
 
     @staticmethod

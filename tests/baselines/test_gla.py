@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from baselines import linear_attention
 from baselines.gla import GLAConfig
+from rodimus_lab.errors import UserError
 from rodimus_lab.nn.mixer import Initializer
 from rodimus_lab.nn.zoo import model_config
 
@@ -54,3 +56,10 @@ def test_the_first_weights():
     ):
         assert abs(layer.weight.std() / std - 1) < 0.03
     assert not mixer.decay_proj.bias.any()
+
+
+def test_heads_without_a_width_are_refused():
+    with pytest.raises(UserError, match="keys of width 0 and values of width 64 hold nothing"):
+        GLAConfig(expand_k=0.01).build(64)
+    with pytest.raises(UserError, match="keys of width 32 and values of width 0 hold nothing"):
+        GLAConfig(expand_v=0.01).num_params(64)

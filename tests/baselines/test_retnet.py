@@ -7,6 +7,7 @@ import torch
 
 from baselines import retnet
 from baselines.retnet import RetentionConfig
+from rodimus_lab.config import ConfigError
 from rodimus_lab.nn.mixer import Initializer
 
 SMALL = RetentionConfig(head_width=16)
@@ -66,3 +67,11 @@ def test_the_first_weights():
     normal = built(RetentionConfig(init="fla"), 256)
     for layer in (normal.qkvg_proj, normal.out_proj):
         assert layer.weight.std() == pytest.approx(0.02, rel=0.02)
+
+
+@pytest.mark.parametrize(("head_width", "d_model", "width"), [(5, 15, 5), (256, 65, 65), (1, 4, 1)])
+def test_keys_that_cannot_turn_are_refused(head_width, d_model, width):
+    config = RetentionConfig(head_width=head_width)
+    for ask in (config.build, config.shape):
+        with pytest.raises(ConfigError, match=f"keys of an even width, not {width}; give another head_width"):
+            ask(d_model)

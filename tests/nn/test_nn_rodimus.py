@@ -211,3 +211,12 @@ def test_linears_are_normal_and_those_onto_the_residual_stream_smaller(name: str
             for inner in ("fc", "qkv_proj", "in_proj"):
                 if hasattr(mixer, inner):
                     assert getattr(mixer, inner).weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_an_inner_width_of_nothing_is_refused() -> None:
+    config = RodimusConfig(expand=0.01)
+    with pytest.raises(ConfigError, match=r"expand=0\.01 leaves nothing of d_model=64"):
+        config.build(64)
+    with pytest.raises(ConfigError, match="leaves nothing"):
+        config.num_params(64)
+    assert config.inner_width(100) == 8
