@@ -18,6 +18,7 @@ from rodimus_lab.nn.mixer import clear, overwrite, state_nbytes
 from rodimus_lab.nn.model import LanguageModel
 from rodimus_lab.ops.segments import Segments
 from rodimus_lab.sampling import Sampling, sample
+from rodimus_lab.scoring import scoring
 
 PREFILL_CHUNK = 2048
 WARMUP = 2
@@ -29,7 +30,7 @@ class Decoder:
     `context` is the most tokens a row will have, prompt and new ones together; the memory is the state's for that many
     from the start, and no step takes more. A row that has drawn one of the tokens `stop` goes on repeating it.
     `capture` makes the step, from the embedding to the drawn token, one CUDA graph; by default where there is CUDA.
-    `state_dtype` is for `LanguageModel.init_state`.
+    `state_dtype` is for `LanguageModel.init_state`. Raises `UserError` where there is no room for a row or a token.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class Decoder:
         capture: bool | None = None,
         state_dtype: torch.dtype | None = None,
     ):
+        if batch_size < 1 or context < 1:
+            raise UserError(f"a decoder of {batch_size} rows and {context} tokens has no room; give it one of each")
         self.model, self.context, self.sampling = model, context, sampling or Sampling()
         device = model.embedding.weight.device
         self.state = model.init_state(batch_size, context=context, dtype=state_dtype)
@@ -64,13 +67,17 @@ class Decoder:
     def state_bytes(self) -> int:
         return state_nbytes(self.state)
 
-    @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Read the prompts, which may differ in length, and draw the first token of each row into `token_B`.
+        """Read the prompts, which may differ in length, and draw the first token of each row into `token_B`; without
+        dropout, in training mode too.
 
         Whatever was read before is forgotten, and the seed starts anew. Raises `UserError` for an empty prompt, a
         token outside the vocabulary, a wrong number of prompts, or one that the context has no room for.
         """
+        with scoring(self.model):
+            self._prefill(prompts)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         check_prompts(prompts, self.model.config.vocab_size)
         length = max(len(prompt) for prompt in prompts)
         if len(prompts) != len(self.token_B):
@@ -191,7 +198,9 @@ class _HostCopy:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Raises `UserError` for an empty prompt or a token outside the vocabulary."""
+    """Raises `UserError` for no prompt, an empty one or a token outside the vocabulary."""
+    if not len(prompts):
+        raise UserError("there is no prompt; give at least one")
     for prompt in prompts:
         if not prompt:
             raise UserError("a prompt is empty; give it at least one token")

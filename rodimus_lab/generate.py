@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rodimus_lab.data import Tokenizer
 from rodimus_lab.decoder import Decoder, check_prompts
+from rodimus_lab.errors import UserError
 from rodimus_lab.nn.model import LanguageModel
 from rodimus_lab.sampling import Sampling, sample
 
@@ -25,9 +26,11 @@ def stream(
     """The next token of every prompt, `max_new_tokens` times; prompts may differ in length.
 
     A row that has drawn one of the tokens `stop` goes on repeating it, and the stream ends once every row does. The
-    memory is the state's, constant for recurrent models however long the text. Raises `UserError` at once for an empty
-    prompt or a token outside the vocabulary.
+    memory is the state's, constant for recurrent models however long the text. Raises `UserError` at once for no prompt
+    or an empty one, a token outside the vocabulary or less than no new token.
     """
+    if max_new_tokens < 0:
+        raise UserError(f"there cannot be {max_new_tokens} new tokens; give max_new_tokens of 0 or more")
     check_prompts(prompts, model.config.vocab_size)
     return _stream(model, prompts, max_new_tokens, sampling, stop)
 

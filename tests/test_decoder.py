@@ -148,6 +148,9 @@ def test_what_does_not_fit_is_refused() -> None:
         decoder.prefill(drawn_prompts(1, 2))
     with pytest.raises(UserError, match="a prompt is empty"):
         decoder.prefill([[]])
+    for rows, context in ((0, 6), (1, 0), (-1, 6)):
+        with pytest.raises(UserError, match=f"a decoder of {rows} rows and {context} tokens has no room"):
+            Decoder(decoder.model, rows, context)
     decoder.prefill(drawn_prompts(4))
     with pytest.raises(UserError, match="4 more tokens do not fit"):
         decoder.tokens(4)

@@ -78,11 +78,42 @@ def test_gradients_are_as_before_between_two_tokens():
 
 @pytest.mark.parametrize(
     ("prompts", "named"),
-    [([[]], "a prompt is empty"), ([[1], []], "a prompt is empty"), ([[VOCAB]], "outside"), ([[1, -1]], "outside")],
+    [
+        ([], "there is no prompt"),
+        ([[]], "a prompt is empty"),
+        ([[1], []], "a prompt is empty"),
+        ([[VOCAB]], "outside"),
+        ([[1, -1]], "outside"),
+    ],
 )
 def test_a_bad_prompt_is_refused_at_once(prompts, named):
     with pytest.raises(UserError, match=named):
         stream(tiny("rodimus"), prompts, 3)
+
+
+def test_less_than_no_new_token_is_refused_at_once():
+    with pytest.raises(UserError, match="there cannot be -2 new tokens; give max_new_tokens of 0 or more"):
+        stream(tiny("rodimus"), [[1, 2, 3]], -2)
+    assert list(stream(tiny("rodimus"), [[1, 2, 3]], 0)) == []
+
+
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64])
+def test_a_seed_that_no_generator_takes_is_refused(seed):
+    with pytest.raises(ConfigError, match=r"Sampling\.seed"):
+        Sampling(seed=seed)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**64 - 1])
+def test_the_outermost_seeds(seed):
+    assert len(list(stream(tiny("rodimus"), [[1]], 2, Sampling(seed=seed)))) == 2
+
+
+def test_a_model_in_training_mode_generates_without_dropout(model):
+    model = model.config.replace(dropout=0.5).build().double()
+    prompt = drawn_prompt(9)
+    new = greedy(model.train(), [prompt], 6)
+    assert all(module.training for module in model.modules())
+    assert new == greedy(model.eval(), [prompt], 6)
 
 
 @pytest.mark.parametrize(
