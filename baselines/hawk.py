@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from rodimus_lab.nn.block import BlockConfig
 from rodimus_lab.nn.mixer import Initializer, State, TokenMixer, TokenMixerConfig
@@ -177,7 +176,6 @@ class _BoundedRoot(torch.autograd.Function):
         return root
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (root,) = ctx.saved_tensors
         return gradient * (0.5 / root).clamp(max=1000.0)

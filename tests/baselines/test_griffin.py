@@ -140,3 +140,11 @@ def test_logits_are_those_of_recurrent_gemma() -> None:
     cap = theirs_config.logits_soft_cap
     assert want.std() > 0.1
     torch.testing.assert_close(cap * torch.tanh(ours(ids)[0] / cap), want, rtol=0, atol=1e-4)
+
+
+def test_the_bounded_root_has_a_second_derivative():
+    x = torch.tensor([0.3, 1.0, 1e-8], dtype=torch.float64, requires_grad=True)
+    (once,) = torch.autograd.grad(_BoundedRoot.apply(x).sum(), x, create_graph=True)
+    torch.testing.assert_close(once, torch.tensor([0.5 / 0.3**0.5, 0.5, 1000.0], dtype=torch.float64))
+    (twice,) = torch.autograd.grad(once.sum(), x)
+    torch.testing.assert_close(twice, torch.tensor([-0.25 / 0.3**1.5, -0.25, 0.0], dtype=torch.float64))

@@ -204,3 +204,23 @@ def test_what_it_cannot_do_is_said(operator: str) -> None:
         run(**inputs, backend="chunk")
     with pytest.raises(UserError, match="no float64"):
         run(**inputs, backend="triton")
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("selective", [False, True])
+def test_a_second_derivative_is_refused_and_not_wrong(selective: bool, power: int) -> None:
+    """Also where it goes through what was saved alone, the loss being linear in the outputs."""
+    x = torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True)
+
+    def output(backend: str) -> Tensor:
+        if selective:
+            return selective_scan(x, x.square(), -torch.ones_like(x[0, :3]), x, x, backend=backend)[0]
+        return diagonal_scan(x, -x.square(), backend=backend)[0]
+
+    for backend in ("naive", "chunked"):
+        (once,) = torch.autograd.grad(output(backend).pow(power).sum(), x, create_graph=True)
+        if backend == "naive":
+            torch.autograd.grad(once.sum(), x)
+            continue
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice; use backend='naive'"):
+            torch.autograd.grad(once.sum(), x)

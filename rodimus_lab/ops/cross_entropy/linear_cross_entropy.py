@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rodimus_lab.ops.backend import Backend, choose, declare
+from rodimus_lab.ops.derivative import once_differentiable
 from rodimus_lab.ops.triton_facts import why_no_triton
 
 ALIGN = {"cuda": 64}

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from rodimus_lab.ops.derivative import once_differentiable
 
 WIDE_ROW = 4096
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from rodimus_lab.ops.derivative import once_differentiable
 
 # Numbers in the states of one chunk: few enough for a cache, enough to hide the cost of a call.
 STATES_AT_ONCE = 2**19
