@@ -101,7 +101,7 @@ def attention_form(
     scores_BHTS = ((C_BTN @ B_BTN.mT).unsqueeze(1) * weight_BHTS).to(x_BTHP.dtype)
     at_last_BHTP = (weight_BHTS[:, :, -1].unsqueeze(-1) * x_BHTP).to(x_BTHP.dtype)
     last_BHNP = B_BTN.mT.unsqueeze(1) @ at_last_BHTP
-    return (scores_BHTS @ x_BHTP).transpose(1, 2), last_BHNP.to(dt_BTH.dtype)
+    return (scores_BHTS @ x_BHTP).transpose(1, 2).to(x_BTHP.dtype), last_BHNP.to(dt_BTH.dtype)
 
 
 def _attention_form_why_not(packed: bool, split: bool, state: bool, **_: Any) -> str | None:

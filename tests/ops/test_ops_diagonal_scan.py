@@ -224,3 +224,13 @@ def test_a_second_derivative_is_refused_and_not_wrong(selective: bool, power: in
             continue
         with pytest.raises(RuntimeError, match="cannot be differentiated twice; use backend='naive'"):
             torch.autograd.grad(once.sum(), x)
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked"])
+def test_the_selective_scan_is_exact_under_autocast(backend: str) -> None:
+    u, B, C = torch.randn(2, 9, 3), torch.randn(2, 9, 4), torch.randn(2, 9, 4)
+    arguments = (u, u.abs(), -torch.rand(3, 4), B, C)
+    want = selective_scan(*arguments, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = selective_scan(*arguments, backend=backend)
+    torch.testing.assert_close(got, want)

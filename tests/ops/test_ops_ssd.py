@@ -50,6 +50,14 @@ def test_the_dual_in_float32(steps: float) -> None:
         assert (got.double() - expected).norm() <= 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("form", ["attention_form", "gated_linear"])
+def test_autocast_leaves_the_dtypes(form: str) -> None:
+    leaves = draw(16, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        o, state = ssd(**leaves, backend=form)
+    assert o.dtype == state.dtype == torch.float32
+
+
 def test_both_forms_take_mixed_types() -> None:
     leaves = draw(16, torch.float32)
     for name in ("B_BTN", "C_BTN"):

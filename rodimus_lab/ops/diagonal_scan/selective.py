@@ -59,7 +59,9 @@ def selective_scan(
         starts, padding_BT1 = starts_BT(segments), ~segments.valid_BT.unsqueeze(-1)
         dt_BTM, u_BTM = dt_BTM.masked_fill(padding_BT1, 0.0), u_BTM.masked_fill(padding_BT1, 0.0)
     run = choose("selective_scan", backend, facts).run
-    y_BTM, state_BMN = run(u_BTM, dt_BTM, A_MN.to(wide), B, C, state_BMN.to(wide), starts)
+    # Under autocast each state would be rounded before it is read.
+    with torch.autocast(u_BTM.device.type, enabled=False):
+        y_BTM, state_BMN = run(u_BTM, dt_BTM, A_MN.to(wide), B, C, state_BMN.to(wide), starts)
     if D_M is not None:
         y_BTM = y_BTM + D_M * u_BTM
     y_BTM = y_BTM.to(u_BTM.dtype)
