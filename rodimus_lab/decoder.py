@@ -48,9 +48,10 @@ class Decoder:
             raise UserError(f"a decoder of {batch_size} rows and {context} tokens has no room; give it one of each")
         self.model, self.context, self.sampling = model, context, sampling or Sampling()
         device = model.embedding.weight.device
-        self.state = model.init_state(batch_size, context=context, dtype=state_dtype)
-        self.token_B = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.finished_B = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        with torch.inference_mode(False):  # Tensors made in that mode cannot be changed outside of it.
+            self.state = model.init_state(batch_size, context=context, dtype=state_dtype)
+            self.token_B = torch.zeros(batch_size, dtype=torch.long, device=device)
+            self.finished_B = torch.zeros(batch_size, dtype=torch.bool, device=device)
         self.logits_BV: Tensor | None = None  # of the last step
         self.room = context
         self._stop = torch.tensor(sorted(set(stop)), dtype=torch.long, device=device)

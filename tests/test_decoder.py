@@ -140,6 +140,17 @@ def test_a_seed_draws_the_same_again() -> None:
     assert decoded(Decoder(model, 2, 40, Sampling(seed=4, top_k=20, top_p=0.9)), prompts, 20) != first
 
 
+@pytest.mark.parametrize("name", ["rodimus+", "transformer++"])
+def test_a_decoder_made_in_inference_mode_goes_on_outside_of_it(name: str) -> None:
+    model, prompts = tiny(name), drawn_prompts(4, 9)
+    with torch.inference_mode():
+        decoder = Decoder(model, 2, 40, GREEDY)
+        first = decoded(decoder, prompts, 20)
+    assert decoded(decoder, prompts, 20) == first
+    with torch.inference_mode():
+        assert decoded(decoder, prompts, 20) == first
+
+
 def test_what_does_not_fit_is_refused() -> None:
     decoder = Decoder(tiny("transformer++"), 1, context=6, sampling=GREEDY)
     with pytest.raises(UserError, match="a prompt of 7 tokens is longer than the decoder's context of 6"):
