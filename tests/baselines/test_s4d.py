@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -46,3 +49,19 @@ def test_it_is_a_convolution() -> None:
 def test_it_is_as_large_as_transformer_pp() -> None:
     ours, theirs = (model_config(name, size="350m").num_params() for name in ("s4d", "transformer++"))
     assert abs(ours / theirs - 1) < 0.01
+
+
+@pytest.mark.parametrize("dt_log", [-5.0, -12.0, -30.0, -200.0])
+def test_steps_of_next_to_nothing(dt_log):
+    """Down to where they are 0 in float32."""
+    mixer = S4DConfig().build(4)
+    mixer.init_weights(Initializer())
+    torch.nn.init.constant_(mixer.dt_log, dt_log)
+    exact = copy.deepcopy(mixer).double()
+    x = torch.randn(2, 7, 4)
+    for module, inputs in ((mixer, x), (exact, x.double())):
+        y, _ = module(inputs)
+        y.sum().backward()
+    for parameter, wanted in zip(mixer.parameters(), exact.parameters(), strict=True):
+        atol = 1e-5 * wanted.grad.abs().max().item() + torch.finfo(torch.float32).tiny
+        torch.testing.assert_close(parameter.grad, wanted.grad.float(), rtol=0, atol=atol)
