@@ -241,6 +241,12 @@ def test_tempered_selection_at_odd_sizes(shape: tuple[int, int, int]) -> None:
 
 
 @runs_kernels
+@pytest.mark.parametrize("found", [short_conv_errors, conv_gate_errors])
+def test_convolutions_without_a_single_row(found: Callable[..., Any]) -> None:
+    check(found((0, 5, 24), torch.float32), torch.float32)
+
+
+@runs_kernels
 @pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24)])
 @pytest.mark.parametrize("found", [selection_errors, gated_norm_errors])
 def test_without_a_single_row(found: Callable[..., Any], shape: tuple[int, int, int]) -> None:

@@ -245,7 +245,7 @@ def _forward(
         x if ids is None else ids, conv, v, B, T, M, L, rows.stride(0),
         **tile, **_constants(x, up, weight, state, ids),
     )  # fmt: skip
-    return conv, v, h.view(B, T, -1)
+    return conv, v, h.view(B, T, h.shape[-1])
 
 
 @_forward.register_fake
