@@ -142,7 +142,7 @@ def export(
         elif find_spec("pyarrow") is None:
             raise UserError("parquet needs pyarrow; install it with: pip install -e '.[data]'")
         else:
-            write_atomic(to, table.convert_dtypes().map(_storable).to_parquet(index=False))
+            write_atomic(to, table.convert_dtypes().apply(_storable).to_parquet(index=False))
     console.print(f"written: {shown(to, PROJECT_ROOT)} ({len(records)} run{'s' * (len(records) != 1)})")
 
 
@@ -319,6 +319,11 @@ def _number(value: Any) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.6g}"
 
 
-def _storable(value: Any) -> Any:
-    """Lists are text in a column; all else is as it was."""
-    return json.dumps(value) if isinstance(value, list | dict) else value
+def _storable(values: Any) -> Any:
+    """A column for parquet, where all values are of one sort: lists, and what is of several sorts, are text."""
+    if values.dtype != object:
+        return values
+    sorts = {type(value) for value in values.dropna()}
+    if len(sorts) < 2 and not sorts & {list, dict}:
+        return values
+    return values.map(lambda value: value if isinstance(value, str) else json.dumps(value), na_action="ignore")

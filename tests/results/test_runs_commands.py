@@ -89,6 +89,19 @@ def test_runs_are_exported(cli, root: Path, tmp_path: Path) -> None:
     assert table["test_ppl"].dtype.kind == "f"
 
 
+def test_settings_of_several_sorts_are_text_in_parquet(cli, root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    path = root / "wikitext103" / RODIMUS / "env.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dirty": "unknown", "empty": []}))
+    result = cli("runs", "export", tmp_path / "runs.parquet")
+    assert (result.code, result.err) == (0, "")
+    table = pd.read_parquet(tmp_path / "runs.parquet").set_index("id")
+    assert table.loc[RODIMUS, "env.dirty"] == "unknown"
+    assert set(table["env.dirty"]) == {"unknown", "true"}
+    assert table.loc[RODIMUS, "env.empty"] == "[]"
+    assert table["recipe.optimizer.lr"].dtype.kind == "f"
+
+
 def test_a_file_is_exported_whole_or_not_at_all(cli, root: Path, tmp_path: Path, monkeypatch) -> None:
     def refuse(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
