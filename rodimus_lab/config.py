@@ -98,8 +98,11 @@ def did_you_mean(name: str, known: Any) -> str:
 
 
 def nearest(name: str, known: Any) -> str:
-    """The tail of a sentence about an unknown name: its nearest neighbour, and nothing where none is near."""
-    close = difflib.get_close_matches(name, sorted(set(known)), n=1)
+    """The tail of a sentence about an unknown name: its nearest neighbour, one that begins with it before others, and
+    nothing where none is near."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(name, names, n=max(1, len(names)))
+    close.sort(key=lambda one: not one.startswith(name))
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from rodimus_lab.config import did_you_mean
+from rodimus_lab.errors import UserError
 from rodimus_lab.experiment import REPORTS
 from rodimus_lab.records import PROJECT_ROOT, load_records, tables_root
 from rodimus_lab.report import PaperResults, Table, quoted_tables, terminal_tables, to_markdown, write, write_figures
@@ -21,14 +23,17 @@ def report(
 ) -> None:
     """Rebuild tables from the run records, the paper's numbers beside ours; without names all of them, and the pages in
     results/site."""
-    for name in [REPORTS.canonical(name) for name in names or ()]:
-        write_report(name, show=True)
+    quoted = quoted_tables(list(REPORTS), PaperResults())
+    for name in names or ():
+        if name not in REPORTS and name not in quoted:
+            raise UserError(f"there is no report named {name!r}{did_you_mean(name, [*REPORTS, *quoted])}")
+    for name in names or (*REPORTS, *quoted):
+        if name in quoted:
+            _write(name, quoted[name], show=bool(names))
+        else:
+            write_report(REPORTS.canonical(name), show=bool(names))
     if names:
         return
-    for name in REPORTS:
-        write_report(name, show=False)
-    for name, table in quoted_tables(list(REPORTS), PaperResults()).items():
-        _say(write(table, tables_root(), name))
     if site and not console.quiet:
         console.print(f"open: {shown(build_site(site_root()), PROJECT_ROOT)}")
 
@@ -47,7 +52,10 @@ def write_report(name: str, *, show: bool) -> None:
     if console.quiet:  # Another rank writes it.
         return
     records = [record for experiment in report.experiments for record in load_records(experiment=experiment)]
-    table = report.make(records, PaperResults())
+    _write(name, report.make(records, PaperResults()), show=show)
+
+
+def _write(name: str, table: Table, *, show: bool) -> None:
     paths = write(table, tables_root(), name)
     if show:
         _show(table)

@@ -19,7 +19,7 @@ from rodimus_lab.data import train_bpe
 from rodimus_lab.experiment import EXPERIMENTS, REPORTS
 from rodimus_lab.nn.zoo import MODELS, SIZES
 from rodimus_lab.records import PROJECT_ROOT, load_records
-from rodimus_lab.report import PaperResults, quoted_tables
+from rodimus_lab.report import FIGURES, NotRun, PaperResults, quoted_tables
 
 COMMANDS = [
     [],
@@ -148,6 +148,28 @@ def test_figures_are_drawn_beside_the_runs(cli, places):
     assert (unknown.code, unknown.err.partition(" known: ")[0]) == (
         2, "error: there is no figure named 'figure7'; did you mean 'figure07'?",
     )  # fmt: skip
+
+
+def test_a_figure_of_several_is_drawn_by_the_name_of_its_file(cli, places, monkeypatch):
+    parts = {end: NotRun(f"Part {end}", "rodimus-lab mqar") for end in ("128", "256")}
+    monkeypatch.setitem(FIGURES._things, "several", lambda records, paper: parts)
+    assert cli("figures", "several-256").code == 0
+    assert {path.stem for path in (places / "figures").iterdir()} == {"several-256"}
+    for name, near in (("several-257", "several-256"), ("figure06", "figure06-512"), ("figure06-12", "figure06-128")):
+        unknown = cli("figures", name)
+        said = f"error: there is no figure named {name!r}; did you mean {near!r}?"
+        assert (unknown.code, unknown.err.partition(" known: ")[0]) == (2, said)
+
+
+def test_a_table_that_is_only_quoted_is_reported_by_its_name(cli, places):
+    result = cli("report", "table3", "table5")
+    assert (result.code, result.err) == (0, "")
+    assert "# Table 3. Notation" in result.out
+    there = PROJECT_ROOT / "results" / "tables" / "table3.md"
+    assert (places / "tables" / "table3.md").read_text() == there.read_text()
+    unknown = cli("report", "table3", "table33")
+    assert unknown.code == 2
+    assert unknown.err.startswith("error: there is no report named 'table33'; did you mean 'table3'? known: ")
 
 
 def test_report_takes_all_by_default(cli, places):

@@ -15,6 +15,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, Literal, TypeAlias
 
+from rodimus_lab.config import did_you_mean
 from rodimus_lab.errors import UserError
 from rodimus_lab.records import Record, figures_root, load_records, write_atomic
 from rodimus_lab.registry import Registry, load_plugins
@@ -272,13 +273,26 @@ FIGURES: Registry[MakeFigure] = Registry("figure")
 
 
 def write_figures(out_dir: Path | str | None = None, names: Iterable[str] | None = None) -> list[Path]:
-    """Draw registered figures, by default all, from all records, by default beside them; returns the files' paths."""
+    """Draw registered figures, by default all, from all records, by default beside them; returns the files' paths. One
+    of several that are registered under one name goes by its file's: `figure06-rates-128`."""
     load_plugins()
     records, paper = load_records(), PaperResults()
-    asked = FIGURES if names is None else [FIGURES.canonical(name) for name in names]
-    drawings = {file: one for name in asked for file, one in by_name(name, FIGURES[name](records, paper)).items()}
+    asked = FIGURES if names is None else names
+    drawings = {file: one for name in asked for file, one in _drawings(name, records, paper).items()}
     folder = figures_root() if out_dir is None else out_dir
     return [path for file, drawing in drawings.items() for path in write_figure(drawing, folder, file)]
+
+
+def _drawings(name: str, records: Sequence[Record], paper: PaperResults) -> dict[str, Drawing]:
+    """What goes by a name, by the names of the files. Raises `UserError` where nothing does."""
+    several = next((known for known in FIGURES if name.startswith(f"{known}-")), "")
+    if name in FIGURES or not several:
+        name = FIGURES.canonical(name)
+        return by_name(name, FIGURES[name](records, paper))
+    made = by_name(several, FIGURES[several](records, paper))
+    if name not in made:
+        raise UserError(f"there is no figure named {name!r}{did_you_mean(name, [*FIGURES, *made])}")
+    return {name: made[name]}
 
 
 def by_name(name: str, made: Drawing | Mapping[str, Drawing]) -> dict[str, Drawing]:
