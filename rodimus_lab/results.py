@@ -22,9 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rodimus_lab.config import nearest
+from rodimus_lab.config import did_you_mean, nearest
 from rodimus_lab.errors import UserError
-from rodimus_lab.records import Record, RunDir, canonical_json, figures_root, load_records, tables_root
+from rodimus_lab.records import (
+    PROJECT_ROOT,
+    Record,
+    RunDir,
+    canonical_json,
+    figures_root,
+    load_records,
+    runs_root,
+    tables_root,
+)
 from rodimus_lab.report.curves import draw_curves
 from rodimus_lab.report.paper import PaperResults
 
@@ -48,9 +57,9 @@ def runs(root: Path | str | None = None, experiment: str | None = None, *, recip
     """A row for each finished run. `model` is the label in the model's own spelling (`rodimus+`). With `recipes` every
     setting has a column too, by its dotted path after `recipe.`, and what of the environment is plain after `env.`.
 
-    Raises `UserError` naming a record that cannot be read.
+    Raises `UserError` naming a record that cannot be read, or an experiment that is none and nearly one.
     """
-    return frame(load_records(root, experiment), recipes=recipes)
+    return frame(_records(root, experiment), recipes=recipes)
 
 
 def frame(records: Iterable[Record], *, recipes: bool = False) -> pd.DataFrame:
@@ -95,23 +104,34 @@ def metrics(run: str, root: Path | str | None = None) -> pd.DataFrame:
 
 def paper(name: str) -> pd.DataFrame:
     """The paper's own numbers by the file's name, such as `table01` or `figure01a`; what it does not give is None."""
-    kind, number = re.fullmatch(r"(table|figure)0*(\w+)", name), PaperResults()
-    if kind is None:
-        raise UserError(f"{name!r} is no table or figure of the paper; give one such as table01 or figure01a")
-    digits = re.sub(r"^\d+", lambda found: found[0].zfill(2), kind[2])
-    rows = number.table(int(digits)) if kind[1] == "table" else number.figure(digits)
-    return _frame(rows)
+    given, known = re.fullmatch(r"(table|figure)0*(\d+)([a-z]?)", name), PaperResults()
+    number = f"{int(given[2]):02d}{given[3]}" if given else ""
+    there = sorted(path.stem for path in known.folder.glob("*.csv"))
+    if given is None or (there and f"{given[1]}{number}" not in there):
+        raise UserError(f"the paper gives no numbers of a {name!r}{did_you_mean(name, there)}")
+    return _frame(known.table(int(number)) if given[1] == "table" else known.figure(number))
 
 
 def table(name: str) -> pd.DataFrame:
-    """A table as `rodimus-lab report` wrote it, without the columns of provenance; one that is not there, and every
-    cell that has no number, says "not run"."""
-    return _without_provenance(_read(tables_root() / f"{name}.csv"))
+    """A table as `rodimus-lab report` wrote it, without the columns of provenance. A cell without a number says what it
+    says there, "not run" or why else; so does a table that has not been written. Raises `UserError` for a name that no
+    table has."""
+    path = _place(tables_root(), name, ".csv")
+    if path is None:
+        return _frame({name: [NOT_RUN]})
+    found = _without_provenance(_read(path))
+    shown = path.with_suffix(".md")
+    said = _cells(shown.read_text(encoding="utf-8")) if shown.is_file() else []
+    if [len(found.columns)] * len(found) != [len(cells) for cells in said]:
+        return found.fillna(NOT_RUN)
+    return found.where(found.notna(), _frame(said, columns=list(found.columns)))
 
 
 def figure(name: str) -> pd.DataFrame:
-    """The numbers of a figure as `make figures` wrote them; a point that is not there says "not run"."""
-    return _read(figures_root() / f"{name}.csv")
+    """The numbers of a figure as `make figures` wrote them; a point that is not there says "not run". Raises
+    `UserError` for a name that no figure has."""
+    path = _place(figures_root(), name, ".csv")
+    return _frame({name: [NOT_RUN]}) if path is None else _read(path).fillna(NOT_RUN)
 
 
 def overview(experiment: str, *columns: str, root: Path | str | None = None) -> pd.DataFrame:
@@ -122,28 +142,37 @@ def overview(experiment: str, *columns: str, root: Path | str | None = None) -> 
     return found[["id", "model", "corpus", "budget", "steps", "seed", *(name for name in columns if name in found)]]
 
 
-def curves(experiment: str, quantity: str = "loss", root: Path | str | None = None) -> Any:
-    """What an experiment's runs logged over their steps, each model in its own colour, for a notebook to show; the text
-    "not run" where there is nothing to draw. Raises `UserError` where matplotlib is not installed."""
-    records = load_records(root, experiment)
-    there = [
-        (spelled(record.label), lines[["step", quantity]].dropna())
-        for record, lines in ((record, metrics(f"{experiment}/{record.id}", root)) for record in records)
-        if quantity in lines
-    ]
-    if not there:
+def curves(
+    experiment: str, quantity: str = "loss", root: Path | str | None = None, *, where: Iterable[str] = ()
+) -> Any:
+    """What an experiment's runs logged over their steps, for a notebook to show: a panel for each corpus and budget,
+    and in it a line for each run, in its model's colour. `where` are conditions as of `rodimus-lab runs`, such as
+    `model=rodimus`. The text "not run" where there is no run. Raises `UserError` for a quantity that none logged, and
+    where matplotlib is not installed."""
+    records = select(_records(root, experiment), where)
+    if not records:
         return NOT_RUN
+    logged = [metrics(f"{record.experiment}/{record.id}", root) for record in records]
+    panels: dict[str, list[tuple[str, Any]]] = {}
+    for record, lines in zip(records, logged, strict=True):
+        if quantity in lines:
+            curve = (spelled(record.label), lines[["step", quantity]].dropna())
+            panels.setdefault(f"{record.corpus}, {record.budget_text}", []).append(curve)
+    if not panels:
+        names = [name for lines in logged for name in lines if name != "step"]
+        raise UserError(f"no run of {experiment!r} logged a {quantity!r}{did_you_mean(quantity, names)}")
     from IPython.display import SVG
 
     drawn = io.StringIO()
-    draw_curves(there, quantity).savefig(drawn, format="svg")
+    draw_curves(panels, quantity).savefig(drawn, format="svg")
     return SVG(data=drawn.getvalue())
 
 
 def picture(name: str) -> Any:
-    """A drawn figure for a notebook to show; the text "not run" where it has not been drawn."""
-    path = figures_root() / f"{name}.svg"
-    if not path.is_file():
+    """A drawn figure for a notebook to show; the text "not run" where it has not been drawn. Raises `UserError` for a
+    name that no figure has."""
+    path = _place(figures_root(), name, ".svg")
+    if path is None:
         return NOT_RUN
     from IPython.display import SVG
 
@@ -325,12 +354,45 @@ def _frame(rows: Any, columns: Sequence[str] | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def _place(folder: Path, name: str, suffix: str) -> Path | None:
+    """A file of results; None where one is committed under this name, and not here. Raises `UserError` for another."""
+    here = {path.stem for path in folder.glob(f"*{suffix}")}
+    committed = {path.stem for path in (PROJECT_ROOT / "results" / folder.name).glob(f"*{suffix}")}
+    if name in here:
+        return folder / f"{name}{suffix}"
+    if name in committed:
+        return None
+    sort, command = {"tables": ("table", "report"), "figures": ("figure", "figures")}[folder.name]
+    told = did_you_mean(name, here | committed)
+    raise UserError(
+        f"there is no {sort} named {name!r} in {folder}{told}; rodimus-lab {command} writes those of new runs"
+    )
+
+
+def _records(root: Path | str | None, experiment: str | None) -> list[Record]:
+    """Raises `UserError` for an experiment that has no runs and is named nearly as one that has."""
+    found = load_records(root, experiment)
+    if experiment and not found:
+        roots = (Path(root or runs_root()), PROJECT_ROOT / "results" / "runs")
+        known = {path.name for folder in roots if folder.is_dir() for path in folder.iterdir()}
+        if experiment not in known and (near := nearest(experiment, known)):
+            raise UserError(f"there is no run of an experiment named {experiment!r}{near}")
+    return found
+
+
 def _read(path: Path) -> pd.DataFrame:
     import pandas as pd
 
-    if not path.is_file():
-        return _frame({path.stem: [NOT_RUN]})
-    return pd.read_csv(path).astype(object).fillna(NOT_RUN)
+    return pd.read_csv(path, keep_default_na=False, na_values=[""]).astype(object)
+
+
+def _cells(markdown: str) -> list[list[str]]:
+    """The rows of a table that `rodimus-lab report` wrote as Markdown, without its head, marks and letters of notes."""
+    lines = [line for line in markdown.splitlines() if line.startswith("| ")][1:]
+    return [
+        [re.sub(r" \[\w+\]$", "", cell) for cell in re.split(r"(?<!\\) \| ", line[2:].removesuffix(" |"))]
+        for line in lines
+    ]
 
 
 def _without_provenance(given: pd.DataFrame) -> pd.DataFrame:

@@ -67,9 +67,11 @@ def test_what_is_not_there_says_not_run(tmp_path: Path, monkeypatch: pytest.Monk
 def test_curves_have_the_colours_of_their_models() -> None:
     pytest.importorskip("matplotlib")
     lines = results.metrics("rodimus-b6357da5", PROJECT_ROOT / "results" / "runs")[["step", "loss"]].dropna()
-    (axes,) = draw_curves([("rodimus", lines), ("transformer++", lines)], "loss").axes
-    drawn = {line.get_label(): (line.get_color(), len(line.get_xdata())) for line in axes.lines}
-    assert drawn == {"rodimus": ("#0072B2", 500), "transformer++": ("#D55E00", 500)}
+    drawing = draw_curves({"corpus": [("rodimus", lines), ("transformer++", lines), ("rodimus", lines)]}, "loss")
+    (axes,) = drawing.axes
+    colours = [(line.get_color(), len(line.get_xdata())) for line in axes.lines]
+    assert colours == [("#0072B2", 500), ("#D55E00", 500), ("#0072B2", 500)]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["rodimus, 2 runs", "transformer++"]
 
 
 def test_curves_are_shown_as_a_picture() -> None:
@@ -77,3 +79,16 @@ def test_curves_are_shown_as_a_picture() -> None:
     pytest.importorskip("IPython")
     shown = results.curves("wikitext103", "valid_ppl", PROJECT_ROOT / "results" / "runs")
     assert shown.data.count("<path") > 10
+
+
+def test_curves_of_several_corpora_or_budgets_have_panels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("IPython")
+    drawn = {}
+    monkeypatch.setattr(results, "draw_curves", lambda panels, name: drawn.update(panels) or draw_curves(panels, name))
+    results.curves("wikitext103", "valid_ppl", PROJECT_ROOT / "results" / "runs", where=["model=rodimus"])
+    steps = {title: [lines["step"].max() for _, lines in curves] for title, curves in drawn.items()}
+    assert steps == {
+        "enwiki-25k, short budget 1,000 of 25,000 steps, batch 256, 131M tokens": [1000],
+        "enwiki-25k, short budget 1,500 of 25,000 steps, batch 256, 197M tokens": [1500],
+    }

@@ -58,17 +58,18 @@ def test_metrics_are_the_lines_that_a_run_logged() -> None:
     assert logged["test_ppl"].dropna().iloc[-1] == 59.483677
 
 
-def test_tables_and_figures_are_read_back() -> None:
+def test_tables_and_figures_are_read_back(tmp_path: Path, monkeypatch) -> None:
     table = results.table("table1")
     assert "rodimus" in list(table["Model"])
     assert not [name for name in table.columns if name.endswith(": run_id")]
     drawn = results.figure("figure06-128")
     assert {"rodimus", "mamba"} <= set(drawn["name"])
     assert drawn["Accuracy"].dropna().between(0, 1).all()
-    assert results.table("table99").iloc[0, 0] == "not run"
+    monkeypatch.setenv("RODIMUS_LAB_RESULTS", str(tmp_path / "runs"))
+    assert results.table("table1").iloc[0, 0] == "not run"
     assert len(results.paper("figure1a")) == 35
     assert "test_ppl" in results.paper("table01")
-    with pytest.raises(UserError, match="no table or figure of the paper"):
+    with pytest.raises(UserError, match="the paper gives no numbers of a"):
         results.paper("chapter1")
 
 
@@ -168,3 +169,43 @@ def test_runs_are_found_by_the_beginning_of_an_id(root: Path) -> None:
 )
 def test_labels_are_spelled_as_models(label: str, model: str) -> None:
     assert results.spelled(label) == model
+
+
+@pytest.mark.parametrize(
+    ("read", "said"),
+    [
+        (lambda: results.table("tabel1"), "no table named 'tabel1' in .*; did you mean 'table1'"),
+        (lambda: results.table("figure06-rates-128"), "no table named 'figure06-rates-128'"),
+        (lambda: results.figure("figure6-128"), "no figure named 'figure6-128' in .*; did you mean 'figure06-128'"),
+        (lambda: results.picture("../paper/figure06"), "no figure named '../paper/figure06'"),
+        (lambda: results.paper("table99"), "no numbers of a 'table99'; .* known: figure01a, "),
+        (lambda: results.paper("table1b"), "no numbers of a 'table1b'"),
+        (lambda: results.runs(experiment="wikitxt103"), "experiment named 'wikitxt103'; did you mean 'wikitext103'"),
+        (lambda: results.overview("mqra"), "experiment named 'mqra'; did you mean 'mqar'"),
+        (lambda: results.curves("wikitext103", "los"), "no run of 'wikitext103' logged a 'los'; did you mean 'loss'"),
+    ],
+)
+def test_wrong_names_are_told_and_are_not_what_was_not_run(monkeypatch, read, said: str) -> None:
+    monkeypatch.delenv("RODIMUS_LAB_RESULTS", raising=False)
+    with pytest.raises(UserError, match=said):
+        read()
+
+
+def test_what_the_paper_leaves_out_was_not_left_out_by_us(monkeypatch) -> None:
+    monkeypatch.delenv("RODIMUS_LAB_RESULTS", raising=False)
+    table = results.table("table21")
+    (paper,) = (name for name in table if name.startswith("Gemma2-2B-PT"))
+    assert set(table[paper]) >= {"—"}
+    assert "not run" not in set(table[paper])
+    assert set(table["Ours"]) == {"not run"}
+    downstream = results.table("table2")
+    assert set(downstream["AVG"]) == {"not run"}
+    assert not downstream.isna().any(axis=None)
+    assert not downstream.astype(str).apply(lambda column: column.str.contains(r"\[[a-z]+\]$")).any(axis=None)
+
+
+def test_words_that_pandas_takes_for_missing_are_words(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("RODIMUS_LAB_RESULTS", str(tmp_path / "runs"))
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "mine.csv").write_text("gate,points\nNone,1.5\nNA,\n")
+    assert results.figure("mine").to_dict("list") == {"gate": ["None", "NA"], "points": [1.5, "not run"]}
