@@ -84,7 +84,10 @@ def runs(
         return
     keys = [*(results.Condition.parse(text).key for text in where or ()), *([sort.removeprefix("-")] if sort else [])]
     extra = list(dict.fromkeys([*(column or ()), *(key for key in keys if key not in SHOWN)]))
-    print_table(runs_table(records, unfinished, _columns(records, extra)))
+    if records or unfinished:
+        print_table(runs_table(records, unfinished, _columns(records, extra)))
+    elif not filtered:
+        console.print(f"there is no run under {shown(runs_root(), PROJECT_ROOT)} yet")
     _warn(overlaps(records, extra))
     if filtered:
         console.print(f"{len(records)} of {len(load_records())} finished runs")

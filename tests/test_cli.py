@@ -124,7 +124,8 @@ def test_runs(cli, smoke_run):
 
 def test_no_runs_yet(cli, places):
     assert json.loads(cli("runs", "--json").out) == []
-    assert cli("runs").code == 0
+    result = cli("runs")
+    assert (result.code, result.out) == (0, f"there is no run under {places / 'runs'} yet\n")
 
 
 def test_reports_are_written_beside_the_runs(cli, smoke_run):

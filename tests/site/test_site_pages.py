@@ -23,6 +23,7 @@ from rodimus_lab.report.artefacts import PAPER
 from rodimus_lab.site import build_site
 from rodimus_lab.site.charts import charts_of
 from rodimus_lab.site.documents import documents
+from rodimus_lab.site.pages import Pages
 from rodimus_lab.site.views import ArtefactView, FigureView, base_of
 
 COMMITTED = PROJECT_ROOT / "results" / "runs"
@@ -159,6 +160,13 @@ def test_a_figure_of_runs_leads_to_them_and_they_to_it(site: Path, pages: dict[P
     assert "g and exp(-g): the same run read without its temperature" in text
     for run in ("gates/rodimus-0badcafe", "wikitext103/rodimus-b6357da5"):
         assert "Figure 8" in " ".join(pages[site / "runs" / f"{run}.html"].text.split())
+
+
+def test_a_list_of_no_runs_says_so(tmp_path: Path) -> None:
+    Pages(tmp_path).write("runs.html", "runs/index.html", {"title": "Runs", "runs": []})
+    text = (tmp_path / "runs" / "index.html").read_text()
+    assert "No run is finished yet." in text
+    assert "<table" not in text
 
 
 def test_models_show_hops_costs_and_table_4(site: Path, pages: dict[Path, Page]) -> None:
