@@ -63,7 +63,8 @@ def test_the_committed_tables_are_those_of_the_code() -> None:
     folder = PROJECT_ROOT / "results" / "tables"
     quoted = quoted_tables(list(REPORTS), PaperResults())
     expected = {*quoted, *REPORTS}
-    assert {path.stem for path in folder.iterdir()} == expected
+    other = {path.stem for path in folder.iterdir()} ^ expected
+    assert not other, f"run `make tables` and commit, or remove: {', '.join(sorted(other))}"
     for name, table in quoted.items():
         made = {"md": to_markdown(table), "tex": to_latex(table, name), "csv": to_csv(table)}
         for suffix, text in made.items():
