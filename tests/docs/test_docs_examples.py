@@ -36,18 +36,19 @@ def modules(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(modules: Path, *command: object) -> str:
-    environment = os.environ | {"PYTHONPATH": str(modules)}
+def run(modules: Path, *command: object, code: int = 0) -> str:
+    """What a command wrote, or where it should fail with a code what it said."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (modules, PROJECT_ROOT)))}
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stderr if code else done.stdout
 
 
-def lab(modules: Path, module: str, *arguments: object) -> str:
+def lab(modules: Path, module: str, *arguments: object, code: int = 0) -> str:
     """`rodimus-lab ARGUMENTS` where an example is part of the project."""
-    return run(modules, "-c", LOAD.format(names=module), *arguments)
+    return run(modules, "-c", LOAD.format(names=module), *arguments, code=code)
 
 
 def test_the_mixer_and_the_head_type_keep_the_contract(modules: Path) -> None:
@@ -77,6 +78,9 @@ def test_the_evaluator_is_a_command_and_leaves_a_record(modules: Path, smoke_run
     assert record.metrics["bytes"] < text.stat().st_size
     assert out.startswith(f"{record.metrics['bits_per_byte']:.4f} bits per byte")
     assert json.loads((record.path / "recipe.json").read_text())["run"] == smoke_run.id
+    text.write_bytes(b"\xff\xfe")
+    said = lab(modules, "bits_per_byte", "bits-per-byte", smoke_run.id, text, code=2)
+    assert said == f"error: {text} is not in UTF-8; give a text file that is\n"
 
 
 def test_the_other_examples_run() -> None:
