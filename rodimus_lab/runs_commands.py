@@ -134,6 +134,8 @@ def export(
 ) -> None:
     """Write every setting, metric and environment of the finished runs as CSV, parquet or W&B offline runs."""
     records = _chosen(where, corpus, experiment, None)
+    if not records:
+        raise UserError(f"no finished run is chosen, so {to} is not written; see them all with rodimus-lab runs")
     if wandb:
         _export_wandb(records, to)
     elif to.suffix not in (".csv", ".parquet"):

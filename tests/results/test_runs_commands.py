@@ -102,6 +102,15 @@ def test_settings_of_several_sorts_are_text_in_parquet(cli, root: Path, tmp_path
     assert table["recipe.optimizer.lr"].dtype.kind == "f"
 
 
+def test_no_run_replaces_no_export(cli, root: Path, tmp_path: Path) -> None:
+    there = tmp_path / "runs.csv"
+    there.write_text("an older export")
+    result = cli("runs", "export", there, "--where", "model=nothing")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"error: no finished run is chosen, so {there} is not written")
+    assert there.read_text() == "an older export"
+
+
 def test_a_file_is_exported_whole_or_not_at_all(cli, root: Path, tmp_path: Path, monkeypatch) -> None:
     def refuse(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
