@@ -24,7 +24,8 @@ from rodimus_lab.ops.sequence import sequence_shard
 from rodimus_lab.ops.tracing import untraced
 
 CHUNK = 256  # of mamba-ssm's kernels, the authors' choice
-SHORT = 128  # Up to here the dual is the faster on a CPU (docs/benchmarks.md); on a GPU it has not been timed.
+SHORT = 128  # Up to here the dual is the faster (docs/benchmarks.md), on a GPU with at most so many scores:
+SCORES = 2**24
 
 
 def ssd(
@@ -49,6 +50,7 @@ def ssd(
         "device": x_BTHP.device.type,
         "dtype": x_BTHP.dtype,
         "length": x_BTHP.shape[1],
+        "scores": x_BTHP.shape[0] * x_BTHP.shape[2] * x_BTHP.shape[1] ** 2,
         "packed": segments is not None,
         "split": sequence_shard() is not None,
         "state": state_BHNP is not None,
@@ -108,8 +110,8 @@ def _attention_form_why_not(packed: bool, split: bool, state: bool, **_: Any) ->
     return "it is for whole sequences from a zero state" if packed or split or state else None
 
 
-def _attention_form_pays(device: str, length: int, **_: Any) -> bool:
-    return device == "cpu" and length <= SHORT
+def _attention_form_pays(device: str, length: int, scores: int, **_: Any) -> bool:
+    return length <= SHORT and (device == "cpu" or scores <= SCORES)
 
 
 @untraced
@@ -147,5 +149,5 @@ declare(
     Backend("attention_form", attention_form, _attention_form_why_not, _attention_form_pays),
     Backend("mamba_ssm", _mamba_ssm, _mamba_ssm_why_not),
     Backend("gated_linear", by_gated_linear),
-    example={"dtype": torch.bfloat16, "length": 512, "packed": False, "split": False, "state": False},
+    example={"dtype": torch.bfloat16, "length": 512, "scores": 2**26, "packed": False, "split": False, "state": False},
 )

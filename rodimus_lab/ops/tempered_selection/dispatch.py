@@ -78,14 +78,9 @@ def _triton_why_not(device: str, dtype: torch.dtype, whole: bool, keys: int) -> 
     return None if keys <= MAX_KEYS else f"{keys} keys are over {MAX_KEYS}"
 
 
-def _untimed(**facts: Any) -> bool:
-    """No GPU has timed it."""
-    return False
-
-
 declare(
     "tempered_selection",
-    Backend("triton", _triton, _triton_why_not, _untimed),
+    Backend("triton", _triton, _triton_why_not),
     Backend("naive", composed),
     example={"dtype": torch.bfloat16, "whole": True, "keys": 64},
 )
